@@ -1,0 +1,126 @@
+"""One adapted parameter, described by static data that travels with its factors.
+
+Letters used throughout the library:
+    l  lead: stacked layers, experts, slots indexed away. Both factors carry these axes.
+    i  in:   axes of the left factor `lora_A`.
+    o  out:  axes of the right factor `lora_B`.
+    r  rank.
+
+    delta_W[l, i, o] = scale * sum_r lora_A[l, i, r] * lora_B[l, r, o]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LORA_A = "lora_A"
+LORA_B = "lora_B"
+
+
+@dataclass(frozen=True, order=True)
+class Atom:
+    """A digit of one parameter axis in mixed radix: `index // stride % size`.
+
+    An axis that no use splits is the single atom `(axis, 1, length)`. A reshape such as
+    `(D, N*H) -> (D, N, H)` splits axis 1 into `(1, H, N)` and `(1, 1, H)`.
+    """
+
+    axis: int
+    stride: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where and how one parameter is adapted; hashable, so it can sit in a pytree's structure.
+
+    **Fields:**
+
+    - `path`: key path of the parameter in the params pytree, e.g. `("layers_0", "q_proj", "kernel")`.
+    - `shape`, `dtype`: of the base parameter.
+    - `op`: `"linear"`, `"embedding"`, `"conv"`, `"experts"`, or `"full"` (a trainable copy, PEFT's
+      `modules_to_save`, which has no factors).
+    - `atoms`, `roles`: the parameter's axes in row-major order and one letter of `l i o` each.
+    - `rank`, `alpha`, `rslora`: scale is `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
+    - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    atoms: tuple[Atom, ...] = ()
+    roles: str = ""
+    rank: int = 0
+    alpha: float = 0.0
+    rslora: bool = False
+    kernel_spec: tuple[int, ...] | None = None
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the parameter."""
+        return ".".join(self.path)
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that owns the parameter."""
+        return ".".join(self.path[:-1])
+
+    @property
+    def is_full(self) -> bool:
+        return self.op == "full"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def atoms_of(self, role: str) -> tuple[Atom, ...]:
+        return tuple(atom for atom, letter in zip(self.atoms, self.roles, strict=True) if letter == role)
+
+    def sizes_of(self, role: str) -> tuple[int, ...]:
+        return tuple(atom.size for atom in self.atoms_of(role))
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """Shape of `lora_A`: (*lead, *in, rank)."""
+        return (*self.sizes_of("l"), *self.sizes_of("i"), self.rank)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        """Shape of `lora_B`: (*lead, rank, *out)."""
+        return (*self.sizes_of("l"), self.rank, *self.sizes_of("o"))
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.sizes_of("i"))
+
+    @property
+    def fan_out(self) -> int:
+        return math.prod(self.sizes_of("o"))
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters this site adds."""
+        if self.is_full:
+            return math.prod(self.shape)
+        return math.prod(self.a_shape) + math.prod(self.b_shape)
+
+    def leaf_path(self, factor: str) -> tuple[str, ...]:
+        """Path of a factor in the adapter tree: `.../q_proj/lora_A/kernel`."""
+        return (*self.path[:-1], factor, self.path[-1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able description; `Site.from_dict` restores it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Site:
+        fields = dict(data)
+        fields["path"], fields["shape"] = tuple(fields["path"]), tuple(fields["shape"])
+        fields["atoms"] = tuple(Atom(**atom) for atom in fields["atoms"])
+        spec = fields.get("kernel_spec")
+        fields["kernel_spec"] = None if spec is None else tuple(spec)
+        return cls(**fields)
