@@ -1,0 +1,69 @@
+"""Every spot that depends on the versions of jax and flax.
+
+Two stacks are supported: jax 0.10.2 + flax 0.12.8 (Python 3.11) and jax >= 0.11.1 + flax >= 0.12.9 (Python 3.12+).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """`(jaxpr, consts)` of an open or a closed jaxpr; jax 0.12 has one class for both."""
+    consts = getattr(jaxpr, "consts", ())
+    return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def call_jaxpr(params: Mapping[str, Any]) -> Any:
+    """The body of a call-like equation (`jit`, `closed_call`, `custom_*_call`)."""
+    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """`(number of constants, number of carried values)` of a `scan` equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax >= 0.12 keeps trees instead of counts
+    return len(consts), len(carry)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation on ordinary values, in the context (mesh, compute type) it was traced in."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        if isinstance(params, tuple):
+            functions, params = params
+            out = eqn.primitive.bind(*functions, *values, **params)
+        else:
+            out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def read(env: Mapping[Any, Any], var: Any) -> Any:
+    return var.val if isinstance(var, Literal) else env[var]
+
+
+def key_name(key: Any) -> str:
+    """One part of a pytree path as the string a user would write."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def path_names(path: Sequence[Any]) -> tuple[str, ...]:
+    """A pytree key path as strings, without the `.value` that boxes (nnx variables, partitioned params) append."""
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name in ("value", "raw_value"):
+        path = path[:-1]
+    return tuple(key_name(key) for key in path)
+
+
+def is_dynamic(leaf: Any) -> bool:
+    """Whether a leaf of a call's arguments is traced (arrays) or kept as it is (Python values)."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    )

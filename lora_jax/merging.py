@@ -1,0 +1,91 @@
+"""Folding an adapter into its base, and taking it out again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import tracing
+from lora_jax.adapters import Adapter
+from lora_jax.functional import check_params
+from lora_jax.ops.contract import contract
+from lora_jax.sites import Site
+
+RANK = "rank"
+
+
+def merge(params: Any, adapter: Adapter) -> Any:
+    """A copy of `params` with W + s·A·B in place of every adapted W; other leaves are the same objects.
+
+    The sum is computed in float32 (float64 for a float64 base) and rounded once to the base's dtype.
+
+    **Raises:** `ValueError` if a leaf is missing or misshapen, or if an adapted leaf's array also stands at
+    another path: the two would no longer be one weight. `TypeError` if `adapter` is no `Adapter`.
+    """
+    return _fold(params, adapter, 1.0)
+
+
+def unmerge(params: Any, adapter: Adapter) -> Any:
+    """Takes a merged adapter out again. In half precision the base comes back up to one rounding.
+
+    **Raises:** as `merge`; and `ValueError` for `modules_to_save`, whose former values are not in the adapter.
+    """
+    if full := [site.name for site in adapter.sites if site.is_full]:
+        raise ValueError(
+            f"cannot unmerge {', '.join(full)}: they were replaced, not added to. Keep the base parameters."
+        )
+    return _fold(params, adapter, -1.0)
+
+
+def delta(site: Site, a: Any, b: Any) -> jax.Array:
+    """s·A·B of one site in the shape of its parameter, in float32 (float64 for float64 factors)."""
+    wide = jnp.promote_types(jnp.promote_types(jnp.asarray(a).dtype, jnp.asarray(b).dtype), jnp.float32)
+    lead, inner, outer = site.atoms_of("l"), site.atoms_of("i"), site.atoms_of("o")
+    product = contract(
+        jnp.asarray(a, wide), (*lead, *inner, RANK), jnp.asarray(b, wide), (*lead, RANK, *outer), site.atoms,
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return (site.scale * product).reshape(site.shape)
+
+
+def _fold(params: Any, adapter: Adapter, sign: float) -> Any:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"`merge` needs an Adapter, which knows ranks and roles, got {type(adapter).__name__}; "
+            "wrap a plain tree with `Adapter.from_leaves(leaves, plan.sites)`."
+        )
+    paths, leaves, tree = tracing.flatten_params(params)
+    check_params(adapter.sites, {p: x.shape for p, x in zip(paths, leaves, strict=True)})
+    _refuse_shared(paths, leaves, adapter)
+    sites = {site.path: site for site in adapter.sites}
+    return jax.tree.unflatten(
+        tree,
+        [_folded(leaf, sites.get(path), adapter, sign) for path, leaf in zip(paths, leaves, strict=True)],
+    )
+
+
+def _folded(leaf: Any, site: Site | None, adapter: Adapter, sign: float) -> Any:
+    if site is None:
+        return leaf
+    if site.is_full:
+        return jnp.asarray(adapter.leaf(site.path)).astype(leaf.dtype)
+    change = delta(site, *adapter.factors(site))
+    wide = jnp.promote_types(leaf.dtype, change.dtype)
+    return (jnp.asarray(leaf, wide) + sign * change.astype(wide)).astype(leaf.dtype)
+
+
+def _refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:
+    adapted = {site.path for site in adapter.sites}
+    seen: dict[int, list[tuple[str, ...]]] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        seen.setdefault(id(leaf), []).append(path)
+    for group in seen.values():
+        if len(group) > 1 and adapted & set(group):
+            names = ", ".join(f"`{'.'.join(p)}`" for p in group)
+            raise ValueError(
+                f"{names} are one shared array; merging would make them differ. Keep the adapter unmerged, or "
+                "copy the array first if they may differ."
+            )

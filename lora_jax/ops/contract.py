@@ -1,0 +1,66 @@
+"""A two-operand einsum whose axes carry any hashable names."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+Axes = tuple[Hashable, ...]
+
+
+def contract(
+    x: jax.Array,
+    x_axes: Axes,
+    y: jax.Array,
+    y_axes: Axes,
+    out_axes: Axes,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Sums over every name missing from `out_axes`; shared names that stay are batch axes.
+
+    Lowers to one `dot_general`, and to one transpose only if neither operand order gives `out_axes`.
+    """
+    x_set, y_set, out = set(x_axes), set(y_axes), set(out_axes)
+    assert len(x_set) == len(x_axes) and len(y_set) == len(y_axes), (x_axes, y_axes)
+    assert out <= (x_set | y_set), (x_axes, y_axes, out_axes)
+    x, x_axes = _sum_out(x, x_axes, x_set - y_set - out)
+    y, y_axes = _sum_out(y, y_axes, y_set - x_set - out)
+    batch = [name for name in out_axes if name in x_set and name in y_set]
+    summed = [name for name in y_axes if name in x_set and name not in out]
+    x_free = [name for name in x_axes if name not in y_set]
+    y_free = [name for name in y_axes if name not in x_set]
+    got = (*batch, *x_free, *y_free)
+    if got != tuple(out_axes) and (*batch, *y_free, *x_free) == tuple(out_axes):
+        x, x_axes, y, y_axes = y, y_axes, x, x_axes
+        got = tuple(out_axes)
+    result = lax.dot_general(
+        x,
+        y,
+        (
+            (_positions(x_axes, summed), _positions(y_axes, summed)),
+            (_positions(x_axes, batch), _positions(y_axes, batch)),
+        ),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return reorder(result, got, out_axes)
+
+
+def reorder(x: jax.Array, axes: Sequence[Hashable], to: Sequence[Hashable]) -> jax.Array:
+    """Transposes `x` from the order `axes` to the order `to`."""
+    return x if tuple(axes) == tuple(to) else lax.transpose(x, _positions(axes, to))
+
+
+def _positions(axes: Sequence[Hashable], names: Sequence[Hashable]) -> tuple[int, ...]:
+    return tuple(list(axes).index(name) for name in names)
+
+
+def _sum_out(x: jax.Array, axes: Axes, names: set[Hashable]) -> tuple[jax.Array, Axes]:
+    if not names:
+        return x, axes
+    return x.sum(_positions(axes, sorted(names, key=axes.index))), tuple(a for a in axes if a not in names)

@@ -1,0 +1,62 @@
+"""The public fused operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from lora_jax.ops.low_rank import Contraction, low_rank_contract
+
+
+def lora_dot(
+    x: Float[Array, "*batch d_in"],
+    kernel: Float[Array, "d_in d_out"],
+    a: Float[Array, "d_in rank"],
+    b: Float[Array, "rank d_out"],
+    *,
+    scale: float | jax.Array = 1.0,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch d_out"]:
+    """Applies a frozen kernel and its low-rank correction without merging them.
+
+    Computes `x @ kernel + scale * (drop(x) @ a) @ b`.
+
+    **Arguments:**
+
+    - `x`: activations; `kernel`: frozen weight in Flax order (PyTorch stores the transpose).
+    - `a`, `b`: factors, any float dtype; cast to `x`'s dtype for the products.
+    - `scale`: `alpha / rank`, without unit.
+    - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key.
+    - `implementation`: `None` chooses; `"xla"` names the plain one.
+
+    **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
+    `x @ a` and the result are each rounded once.
+
+    **Raises:** `ValueError` if inner dimensions disagree or the implementation is unknown.
+
+    **Source:** Hu et al., arXiv:2106.09685, equation 3, transposed: `x` is a row here.
+
+    >>> import jax.numpy as jnp
+    >>> lora_dot(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))).shape
+    (2, 3)
+    """
+    k, n = kernel.shape
+    if x.shape[-1] != k or a.shape[0] != k or b.shape != (a.shape[1], n):
+        raise ValueError(
+            f"shapes disagree: x {x.shape}, kernel {kernel.shape}, a {a.shape}, b {b.shape}; expected "
+            f"x (..., {k}), a ({k}, rank), b (rank, {n})."
+        )
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(f"`dropout_rate={dropout_rate}` must be in [0, 1).")
+    rows = tuple(f"m{i}" for i in range(x.ndim - 1))
+    spec = Contraction(
+        x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"),
+        precision=precision, preferred_element_type=preferred_element_type, dropout_rate=dropout_rate,
+    )  # fmt: skip
+    return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation)

@@ -1,0 +1,178 @@
+"""`y = x·W + s·(drop(x)·A)·B` over named axes, with its own derivative.
+
+Every adapted matrix product of a model ends here, whatever its axes: plain, batched, with heads, with the weight
+first, or against a transposed weight. Names replace positions, so forward and backward are five two-operand
+contractions that differ only in their names.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.ops.contract import Axes, contract
+from lora_jax.ops.dropout import dropout
+
+IMPLEMENTATIONS = ("xla",)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """The axis names of one adapted product and its static settings.
+
+    `first` is the factor that shares contracted axes with `x`, `second` the other one; which of A and B
+    that is depends on the side of the weight that is contracted (a tied head contracts B's).
+    """
+
+    x: Axes
+    w: Axes
+    first: Axes
+    second: Axes
+    y: Axes
+    precision: Any = None
+    preferred_element_type: Any = None
+    dropout_rate: float = 0.0
+
+    @property
+    def h(self) -> Axes:
+        """Axes of `x·first`: what the result or the second factor still needs."""
+        seen = dict.fromkeys((*self.x, *self.first))
+        needed = set(self.y) | set(self.second)
+        return tuple(name for name in seen if name in needed)
+
+
+def low_rank_contract(
+    spec: Contraction,
+    x: jax.Array,
+    w: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    scale: float | jax.Array,
+    key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`contract(x, w) + scale * contract(contract(drop(x), first), second)`, of `x·w`'s dtype.
+
+    `first` and `second` are cast to `x`'s dtype; products accumulate in float32 and `x·first` is rounded once to
+    that dtype. `scale` is folded into `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the
+    weights and `x·first`, forms the gradient of `w` only where somebody asks for it, and nothing of the size of
+    `y` beyond the cotangent itself. Reverse mode only (a `custom_vjp`).
+
+    **Raises:** `ValueError` for an unknown `implementation`.
+    """
+    check_implementation(implementation)
+    return _low_rank(spec, x, w, first, second, jnp.asarray(scale, jnp.float32), key)
+
+
+def check_implementation(implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`implementation={implementation!r}` is not available; use None (choose) or one of {IMPLEMENTATIONS}."
+        )
+
+
+def _compute_dtype(x: jax.Array) -> Any:
+    return x.dtype if x.dtype in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16) else jnp.float32
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _scaled(second: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    wide = _wide(dtype)
+    return (second.astype(wide) * scale.astype(wide)).astype(dtype)
+
+
+def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | None) -> jax.Array:
+    """`drop(x)·first`, accumulated wide and rounded once to the compute dtype."""
+    dtype = _compute_dtype(x)
+    dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
+    wide = contract(
+        dropped, spec.x, first.astype(dtype), spec.first, spec.h,
+        precision=spec.precision, preferred_element_type=_wide(dtype),
+    )  # fmt: skip
+    return wide.astype(dtype)
+
+
+def _forward(spec, x, w, first, second, scale, key):
+    y = contract(
+        x, spec.x, w, spec.w, spec.y,
+        precision=spec.precision, preferred_element_type=spec.preferred_element_type,
+    )  # fmt: skip
+    h = _down(spec, x, first, key)
+    up = contract(
+        h, spec.h, _scaled(second, scale, h.dtype), spec.second, spec.y,
+        precision=spec.precision, preferred_element_type=y.dtype,
+    )  # fmt: skip
+    return y + up.astype(y.dtype), h
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_rank(spec, x, w, first, second, scale, key):
+    return _forward(spec, x, w, first, second, scale, key)[0]
+
+
+def _fwd(spec, x, w, first, second, scale, key):
+    y, h = _forward(spec, x.value, w.value, first.value, second.value, scale.value, _value(key))
+    # The structure of the residuals (None or not) tells the backward pass which gradients are wanted.
+    wants = {
+        "x": () if x.perturbed else None,
+        "w": () if w.perturbed else None,
+        "first": () if first.perturbed else None,
+        "second": () if second.perturbed or scale.perturbed else None,
+    }
+    keeps_x = w.perturbed or first.perturbed
+    residuals = (
+        x.value if keeps_x else None,
+        w.value,
+        first.value,
+        second.value,
+        scale.value,
+        _value(key),
+        h,
+    )
+    return y, (residuals, wants, jnp.zeros((), x.value.dtype))
+
+
+def _value(primal: Any) -> Any:
+    return None if primal is None else primal.value
+
+
+def _bwd(spec, saved, dy):
+    (x, w, first, second, scale, key, h), wants, like_x = saved
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None, None, None
+    dtype, wide = h.dtype, _wide(h.dtype)
+    dx = dw = dfirst = dsecond = dscale = None
+    dy_low = dy.astype(dtype)
+    pair = functools.partial(contract, precision=spec.precision)
+    if wants["x"] is not None or wants["first"] is not None:
+        up = _scaled(second, scale, dtype)
+        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide).astype(dtype)
+    if wants["x"] is not None:
+        through_base = pair(dy, spec.y, w, spec.w, spec.x, preferred_element_type=_like(dy, like_x))
+        through_low = pair(g, spec.h, first.astype(dtype), spec.first, spec.x, preferred_element_type=_like(dy, like_x))
+        # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
+        dx = (through_base + dropout(through_low, key, spec.dropout_rate)).astype(like_x.dtype)
+    if wants["w"] is not None:
+        dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype)).astype(w.dtype)
+    if wants["first"] is not None:
+        dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
+        dfirst = pair(dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide).astype(first.dtype)
+    if wants["second"] is not None:
+        unscaled = pair(h, spec.h, dy_low, spec.y, spec.second, preferred_element_type=wide)
+        dsecond = (unscaled * scale.astype(wide)).astype(second.dtype)
+        dscale = (unscaled * second.astype(wide)).sum().astype(scale.dtype)
+    return dx, dw, dfirst, dsecond, dscale, None
+
+
+def _like(dy: jax.Array, x: jax.Array) -> Any:
+    return jnp.promote_types(dy.dtype, x.dtype)
+
+
+_low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -1,0 +1,162 @@
+"""The plan: which parameters a configuration adapts, how, and why the others are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import tracing
+from lora_jax.adapters import Adapter
+from lora_jax.config import LoRAConfig
+from lora_jax.initialisers import init_factors
+from lora_jax.interpret import Interpreter
+from lora_jax.layout import layout_of, stated_layout
+from lora_jax.selection import Row, select
+from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.weights.probe import Record, probe_weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `lora_jax.plan` found. `print(plan)` shows it as a table.
+
+    **Fields:**
+
+    - `config`: the configuration it was made from.
+    - `sites`: one per adapted parameter.
+    - `rows`: one per parameter of the model, adapted or not, with the reason.
+    - `materialised`: `(parameter, primitive, shape)` for each place where an adapted weight has to be formed in
+      full because no rule carries it through that primitive: right, but slower.
+    """
+
+    config: LoRAConfig
+    sites: tuple[Site, ...]
+    rows: tuple[Row, ...] = field(repr=False)
+    materialised: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+
+    def init(self, key: jax.Array, params: Any = None) -> Adapter:
+        """A new adapter. Each site's factors depend on `key` and the site's name only.
+
+        **Arguments:** `params` is needed only with `modules_to_save`, whose copies start at the base's values.
+
+        **Raises:** `ValueError` if `modules_to_save` is used and `params` is not given.
+        """
+        full = [site for site in self.sites if site.is_full]
+        values: dict[tuple[str, ...], Any] = {}
+        if full:
+            if params is None:
+                raise ValueError(
+                    f"`modules_to_save` trains copies of {', '.join(s.name for s in full)}: pass the base "
+                    "parameters, `plan.init(key, params)`."
+                )
+            paths, leaves, _ = tracing.flatten_params(params)
+            values = dict(zip(paths, leaves, strict=True))
+        out: dict[tuple[str, ...], Any] = {}
+        for site in self.sites:
+            if site.is_full:
+                out[site.path] = jnp.array(values[site.path])  # a copy: the base stays the base's
+            else:
+                a, b = init_factors(site, key, self.config.init, self.config.dtype)
+                out[site.leaf_path(LORA_A)], out[site.leaf_path(LORA_B)] = a, b
+        return Adapter.from_leaves(out, self.sites)
+
+    def count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(site.parameters for site in self.sites)
+
+    def count_all(self) -> int:
+        """Number of parameters of the base."""
+        return sum(row.size for row in self.rows)
+
+    def summary(self) -> str:
+        """PEFT's line: `trainable params: 896 || all params: 20,768 || trainable%: 4.3143`."""
+        trainable = self.count()
+        total = self.count_all() + sum(s.parameters for s in self.sites if not s.is_full)
+        share = 100 * trainable / total
+        return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+    def __str__(self) -> str:
+        from lora_jax.table import plan_table
+
+        return plan_table(self)
+
+
+def plan(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    config: LoRAConfig,
+    axis_roles: Mapping[str, str] | None = None,
+    materialise: str = "report",
+    **kwargs: Any,
+) -> Plan:
+    """Finds what `config` adapts in `fn(params, *args, **kwargs)`, by one abstract trace.
+
+    **Arguments:**
+
+    - `fn`: any function of a parameter pytree. `params` and arrays in `args` may be `jax.ShapeDtypeStruct`s;
+      nothing is computed or allocated.
+    - `axis_roles`: `{parameter name: letters}` where the trace cannot tell or should be overruled: one letter
+      per axis, `l` (stacked), `i` (in), `o` (out).
+    - `materialise`: `"report"`, or `"error"` to refuse a plan that must form an adapted weight in full.
+
+    **Returns:** a `Plan`.
+
+    **Raises:** `ValueError` naming every entry of the configuration that matches nothing that can be adapted,
+    with the closest names; or, with `materialise="error"`, the weights that would be formed.
+    """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"`config` must be a LoRAConfig, got {type(config).__name__}.")
+    if materialise not in ("report", "error"):
+        raise ValueError(f"`materialise={materialise!r}`: write 'report' or 'error'.")
+    records, traced = _observe(fn, params, args, kwargs)
+    stated = dict(axis_roles or {})
+    layouts = {}
+    for path, leaf in zip(traced.paths, traced.inputs, strict=False):
+        name = ".".join(path)
+        layouts[path] = (
+            stated_layout(stated.pop(name), tuple(leaf.shape))
+            if name in stated
+            else layout_of(records[path], tuple(leaf.shape))
+            if path in records
+            else "not floating point"
+        )
+    if stated:
+        raise ValueError(f"`axis_roles` names no parameter: {', '.join(sorted(stated))}.")
+    leaves = {p: x for p, x in zip(traced.paths, traced.inputs, strict=False)}
+    sites, rows = select(config, leaves, layouts)
+    formed = tuple(
+        (site.name, dense.primitive, dense.shape)
+        for site in sites
+        if not site.is_full
+        for dense in records[site.path].dense
+    )
+    if formed and materialise == "error":
+        lines = "; ".join(f"`{name}` {shape} by `{primitive}`" for name, primitive, shape in formed)
+        raise ValueError(
+            f"these adapted weights would be formed in full at every call: {lines}. Leave them out with "
+            "`exclude_modules`, or accept it with `materialise='report'`."
+        )
+    return Plan(config, sites, rows, formed)
+
+
+def _observe(fn: Any, params: Any, args: Any, kwargs: Any) -> tuple[dict[tuple[str, ...], Record], tracing.Traced]:
+    """Runs the interpreter abstractly with every floating-point parameter under observation."""
+    traced = tracing.trace(fn, params, args, kwargs)
+    records: dict[tuple[str, ...], Record] = {}
+
+    def run(values: list[Any]) -> None:
+        inputs = list(values)
+        for i, path in enumerate(traced.paths):
+            if jnp.issubdtype(inputs[i].dtype, jnp.floating) and inputs[i].ndim > 0:
+                inputs[i] = probe_weight(path, inputs[i])
+                records[path] = inputs[i].kind.record
+        seen = Interpreter(lambda w, primitive: w.kind.seen_dense(w, primitive))
+        seen.run_dense(traced.jaxpr, traced.consts, inputs)
+
+    jax.eval_shape(run, traced.inputs)
+    return records, traced

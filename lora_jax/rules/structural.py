@@ -1,0 +1,194 @@
+"""Operations that only rearrange a weight: the view changes, nothing is computed on the factors but slices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.rules import rule
+from lora_jax.sites import Atom
+from lora_jax.weights.virtual import Virtual, is_virtual
+
+
+def _only_first(ins: Sequence[Any]) -> bool:
+    return is_virtual(ins[0]) and not any(map(is_virtual, ins[1:]))
+
+
+@rule(
+    "copy",
+    "copy_p",
+    "name",
+    "sharding_constraint",
+    "layout_constraint",
+    "mesh_cast",
+    "reshard",
+    "pvary",
+    "pcast",
+)
+def same_shape(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """Identities on values: the base goes through, the factors have nothing to follow."""
+    return [ins[0].replace(base=_compat.bind(eqn, [ins[0].base])[0])] if len(ins) == 1 else None
+
+
+@rule("optimization_barrier")
+def barrier(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    out = _compat.bind(eqn, [x.base if is_virtual(x) else x for x in ins])
+    return [x.replace(base=y) if is_virtual(x) else y for x, y in zip(ins, out, strict=True)]
+
+
+@rule("convert_element_type")
+def convert(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """A cast to another float dtype casts the base; factors keep their precision until they are used."""
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return None
+    return [ins[0].replace(base=_compat.bind(eqn, [ins[0].base])[0])]
+
+
+@rule("stop_gradient")
+def stop_gradient(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    """Stops the factors' gradient too: the model asked for none through the effective weight."""
+    w = ins[0]
+    return [w.replace(base=lax.stop_gradient(w.base), factors=lax.stop_gradient(w.factors))]
+
+
+@rule("transpose")
+def transpose(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    w, order = ins[0], eqn.params["permutation"]
+    return [w.replace(base=lax.transpose(w.base, order), dims=tuple(w.dims[d] for d in order))]
+
+
+@rule("squeeze")
+def squeeze(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    dims = eqn.params["dimensions"]
+    return [ins[0].without_dims(lax.squeeze(ins[0].base, dims), dims)]
+
+
+@rule("broadcast_in_dim")
+def expand_dims(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """New dimensions of size one; a real broadcast needs the array."""
+    w, shape, places = ins[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if math.prod(shape) != math.prod(w.base.shape):
+        return None
+    dims = [()] * len(shape)
+    for d, place in enumerate(places):
+        dims[place] = w.dims[d]
+    return [w.replace(base=_compat.bind(eqn, [w.base])[0], dims=tuple(dims))]
+
+
+@rule("reshape")
+def reshape(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """Regroups the atoms of the view, splitting one where a new dimension ends inside it."""
+    w, shape = ins[0], eqn.params["new_sizes"]
+    if eqn.params.get("dimensions") is not None:
+        return None
+    return _regroup(w, lax.reshape(w.base, shape), shape)
+
+
+def _regroup(w: Virtual, base: Any, shape: Sequence[int]) -> list[Any] | None:
+    # Atoms of size one carry no data: leaving them out lets (1, D) become (D,) and back.
+    unit = [atom for atom in w.visible if w.size(atom) == 1]
+    queue = [atom for atom in w.visible if w.size(atom) != 1]
+    dims: list[tuple[Atom, ...]] = []
+    for size in shape:
+        dim: list[Atom] = []
+        left = size
+        while left > 1:
+            atom, length = queue[0], w.size(queue[0])
+            if left % length == 0:
+                dim.append(queue.pop(0))
+                left //= length
+            elif length % left == 0:
+                w, (outer, inner) = w.split(atom, (left, length // left))
+                queue[0] = inner
+                dim.append(outer)
+                left = 1
+            else:
+                return None
+        dims.append(tuple(dim))
+    return [w.replace(base=base, dims=tuple(dims), dropped=(*w.dropped, *((a, "index") for a in unit)))]
+
+
+@rule("slice")
+def static_slice(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    w, p = ins[0], eqn.params
+    strides = p["strides"] or (1,) * len(w.dims)
+    cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    for d, (start, limit, stride) in enumerate(cuts):
+        length = w.base.shape[d]
+        if (start, limit, stride) == (0, length, 1):
+            continue
+        if len(w.dims[d]) != 1:
+            return None
+
+        def cut(x: Any, axis: int, bounds=(start, limit, stride)) -> Any:
+            return lax.slice_in_dim(x, *bounds, axis=axis)
+
+        w = w.sliced(cut(w.base, d), w.dims[d][0], len(range(start, limit, stride)), cut)
+    return [w]
+
+
+@rule("dynamic_slice")
+def dynamic_slice(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    if not _only_first(ins):
+        return None
+    w, starts = ins[0], ins[1:]
+    for d, size in enumerate(eqn.params["slice_sizes"]):
+        if size == w.base.shape[d]:
+            continue
+        if len(w.dims[d]) != 1:
+            return None
+
+        def cut(x: Any, axis: int, start=starts[d], size=size) -> Any:
+            return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        w = w.sliced(cut(w.base, d), w.dims[d][0], size, cut)
+    return [w]
+
+
+@rule("split")
+def split(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    w, axis = ins[0], eqn.params["axis"]
+    if len(w.dims[axis]) != 1:
+        return None
+    out, start = [], 0
+    for size in map(int, eqn.params["sizes"]):
+
+        def cut(x: Any, d: int, start=start, size=size) -> Any:
+            return lax.slice_in_dim(x, start, start + size, axis=d)
+
+        out.append(w.sliced(cut(w.base, axis), w.dims[axis][0], size, cut))
+        start += size
+    return out
+
+
+@rule("rev")
+def flip(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """A transposed convolution flips its kernel."""
+    w = ins[0]
+    for d in eqn.params["dimensions"]:
+        if len(w.dims[d]) != 1:
+            return None
+        w = w.replace(factors=w.map_axis(w.dims[d][0], lambda x, axis: lax.rev(x, (axis,))))
+    return [w.replace(base=lax.rev(w.base, eqn.params["dimensions"]))]
+
+
+@rule("neg")
+def negate(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    out = ins[0].kind.times(ins[0], lambda x: -x)
+    return None if out is None else [out]
+
+
+@rule("mul", "div")
+def times_scalar(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """A weight times or over one number (an embedding's sqrt(d), a temperature) stays virtual."""
+    div = eqn.primitive.name == "div"
+    w, c = (ins[0], ins[1]) if is_virtual(ins[0]) else (ins[1], ins[0])
+    if is_virtual(c) or jnp.ndim(c) != 0 or (div and w is not ins[0]):
+        return None
+    out = w.kind.times(w, lambda x: x / c.astype(x.dtype) if div else x * jnp.asarray(c).astype(x.dtype))
+    return None if out is None else [out]

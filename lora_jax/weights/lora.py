@@ -1,0 +1,133 @@
+"""The low-rank kind: W + scale * A·B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.ops.contract import contract, reorder
+from lora_jax.ops.dropout import dropout
+from lora_jax.ops.low_rank import Contraction, low_rank_contract
+from lora_jax.sites import Site
+from lora_jax.weights.conv import low_rank_conv
+from lora_jax.weights.lookup import rest_of_gather, take_from_factor
+from lora_jax.weights.virtual import DotGeneral, Virtual
+
+RANK = "rank"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """`W + scale * A·B` with A over (lead, in, rank) and B over (lead, rank, out)."""
+
+    site: Site
+    dropout_rate: float = 0.0
+    implementation: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def materialise(self, w: Virtual) -> jax.Array:
+        """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
+        (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+        wide = jnp.promote_types(w.base.dtype, jnp.float32)
+        delta = contract(
+            a.astype(wide), a_axes, b.astype(wide), b_axes, w.visible, precision=lax.Precision.HIGHEST
+        ).reshape(w.base.shape)
+        return (w.base.astype(wide) + self.site.scale * delta).astype(w.base.dtype)
+
+    def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
+        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+            return None
+        (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+        summed = [atom for atom in dot.w if atom in dot.x and atom not in dot.y]
+        # The factor that shares summed axes goes first; where both do, the one that shares more.
+        by_a, by_b = (sum(atom in axes for atom in summed) for axes in (a_axes, b_axes))
+        first, second = ((a, a_axes), (b, b_axes)) if by_a >= by_b else ((b, b_axes), (a, a_axes))
+        spec = Contraction(
+            x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, precision=dot.precision,
+            preferred_element_type=dot.preferred_element_type, dropout_rate=self.dropout_rate,
+        )  # fmt: skip
+        y = low_rank_contract(
+            spec, x.reshape(dot.split_x), w.base.reshape(dot.split_w), first[0], second[0],
+            self.site.scale, key, self.implementation,
+        )  # fmt: skip
+        return y.reshape(dot.out_shape)
+
+    def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
+        (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+        y = _compat.bind(eqn, [x, w.base])[0]
+        up = low_rank_conv(eqn, dropout(x, key, self.dropout_rate), w.dims, (a, a_axes), (b, b_axes), self.site.scale)
+        return None if up is None else y + up.astype(y.dtype)
+
+    def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
+        (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+        if any(len(dim) != 1 for dim in w.dims) or len(w.dims) != 3:
+            return None
+        group, k, n = w.visible
+        if set(a_axes) != {group, k, RANK} or set(b_axes) != {group, RANK, n}:
+            return None
+        y = _compat.bind(eqn, [x, w.base, sizes])[0]
+        a = reorder(a, a_axes, (group, k, RANK)).astype(x.dtype)
+        b = (reorder(b, b_axes, (group, RANK, n)).astype(jnp.float32) * self.site.scale).astype(x.dtype)
+        h = lax.ragged_dot(dropout(x, key, self.dropout_rate), a, sizes, preferred_element_type=jnp.float32).astype(
+            x.dtype
+        )
+        return y + lax.ragged_dot(h, b, sizes, preferred_element_type=y.dtype)
+
+    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> jax.Array | Virtual | None:
+        """Rows of an embedding table, or whole matrices of a stack chosen by index."""
+        base = _compat.bind(eqn, [w.base, indices])[0]
+        (atom,) = w.dims[dim]
+        picked, batch = {}, ()
+        carriers = w.carriers(atom)
+        for name in carriers:
+            array, axes = w.live_factor(name)
+            picked[name], batch = take_from_factor(array, axes.index(atom), indices, eqn, atom)
+        rest = rest_of_gather(w, dim, eqn, batch)
+        if len(carriers) == 2:  # a stack: the chosen matrices are still a low-rank weight
+            axes = {n: (*batch, *(x for x in w.live_factor(n)[1] if x != atom)) for n in carriers}
+            return w.replace(
+                base=base, factors=picked, dims=rest, axes=tuple(sorted(axes.items())),
+                dropped=(*w.dropped, (atom, "index")),
+            )  # fmt: skip
+        (name,) = carriers
+        other = "b" if name == "a" else "a"
+        rows_axes = (*batch, *(x for x in w.live_factor(name)[1] if x != atom))
+        table, table_axes = w.live_factor(other)
+        dtype = base.dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        delta = contract(
+            picked[name].astype(wide),
+            rows_axes,
+            table.astype(wide),
+            table_axes,
+            tuple(a for d in rest for a in d),
+        ).reshape(base.shape)
+        return base + (self.site.scale * delta).astype(dtype)
+
+    def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
+        """The view of `c * W`: linear in both terms, so only the base and one factor change."""
+        return w.replace(base=factor(w.base), factors={**w.factors, "b": factor(w.factors["b"])})
+
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
+        """Once formed, the weight is an array like any other."""
+        return outs
+
+
+def lora_weight(site: Site, base: Any, a: Any, b: Any, key: Any = None, **settings: Any) -> Virtual:
+    """The virtual weight of a whole parameter."""
+    lead, inner, outer = site.atoms_of("l"), site.atoms_of("i"), site.atoms_of("o")
+    dims = tuple(tuple(atom for atom in site.atoms if atom.axis == d) for d in range(len(site.shape)))
+    return Virtual(
+        base=base, factors={"a": a, "b": b}, key=key, dims=dims,
+        axes=(("a", (*lead, *inner, RANK)), ("b", (*lead, RANK, *outer))),
+        sizes=(), dropped=(), kind=Lora(site, **settings),
+    )  # fmt: skip

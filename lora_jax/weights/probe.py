@@ -1,0 +1,140 @@
+"""The planning kind: a parameter without factors that records how the model uses it.
+
+An abstract run of the interpreter over probes is how the library learns which axes of a weight are contracted,
+kept, batched or indexed: (48, 16) may be GPT-2's (out, in), (8, 2048, 256) heads first, (2, 4, 512, 64) a fused
+pair. Shapes and names cannot tell; the trace can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.sites import Atom
+from lora_jax.weights.lookup import batch_atoms, rest_of_gather
+from lora_jax.weights.virtual import DotGeneral, Virtual
+
+# Not add or sub: a bias is added to activations, and is no weight.
+ELEMENTWISE = frozenset(
+    "mul div tanh sign round clamp abs exp max min select_n integer_pow sqrt rsqrt logistic convert_element_type "
+    "floor ceil log square pow".split()
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a parameter is used: the operation and a role letter for each atom."""
+
+    op: str
+    roles: tuple[tuple[Atom, str], ...]
+    kernel_spec: tuple[int, ...] | None = None
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One place where a parameter has to be formed in full, and the primitive that asked for it."""
+
+    primitive: str
+    shape: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Record:
+    """What one abstract run saw of one parameter."""
+
+    path: tuple[str, ...]
+    uses: dict[Use, None] = field(default_factory=dict)
+    dense: dict[Dense, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Kind of a parameter under observation; `record` is compared by identity."""
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.record.path)
+
+    def materialise(self, w: Virtual) -> jax.Array:
+        return w.base
+
+    def seen_dense(self, w: Virtual, primitive: str) -> None:
+        """Notes that `w` was needed as an array: a lookup if it was indexed, else a materialisation."""
+        own = tuple(atom for atom in w.visible if atom.axis >= 0)
+        indexed = self._indexed(w)
+        if own and indexed:
+            self._add("embedding", w, {**dict.fromkeys(own, "o"), **dict.fromkeys(indexed, "i")})
+        else:
+            self.record.dense[Dense(primitive, tuple(w.base.shape))] = None
+
+    def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array:
+        own = [atom for atom in dot.w if atom.axis >= 0]
+        summed = [atom for atom in own if atom in dot.x and atom not in dot.y]
+        kept = [atom for atom in own if atom not in dot.x]
+        batch = [atom for atom in own if atom in dot.x and atom in dot.y]
+        if self._indexed(w) and not kept:
+            self.seen_dense(w, "dot_general")  # a row of a table used as an activation
+        else:
+            roles = {**dict.fromkeys(summed, "i"), **dict.fromkeys(kept, "o"), **dict.fromkeys(batch, "l")}
+            self._add("experts" if batch else "linear", w, roles)
+        return _result(eqn)
+
+    def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
+        if eqn.params["batch_group_count"] != 1:
+            return None
+        spec = eqn.params["dimension_numbers"].rhs_spec
+        roles = {atom: "o" if d == spec[0] else "i" for d, dim in enumerate(w.dims) for atom in dim}
+        whole = all(len(dim) == 1 and dim[0].stride == 1 for dim in w.dims)
+        axes = tuple(w.dims[d][0].axis for d in spec) if whole else None
+        self._add("conv", w, roles, kernel_spec=axes, groups=eqn.params["feature_group_count"])
+        return _result(eqn)
+
+    def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
+        if len(w.dims) != 3 or any(len(dim) != 1 for dim in w.dims):
+            return None
+        group, k, n = w.visible
+        self._add("experts", w, {group: "l", k: "i", n: "o"})
+        return _result(eqn)
+
+    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> Virtual:
+        # Whether this was a lookup or the choice of a matrix is known only when the result is used.
+        (atom,) = w.dims[dim]
+        batch = batch_atoms(atom, eqn)
+        base = _result(eqn)
+        dims = rest_of_gather(w, dim, eqn, batch)
+        return w.replace(base=base, dims=dims, dropped=(*w.dropped, (atom, "index")))
+
+    def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
+        return w.replace(base=factor(w.base))
+
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
+        """Keeps watching a weight through an elementwise function of it: its axes still mean the same."""
+        if eqn.primitive.name in ELEMENTWISE and tuple(outs[0].shape) == tuple(w.base.shape):
+            return [w.replace(base=outs[0])]
+        return outs
+
+    def _indexed(self, w: Virtual) -> list[Atom]:
+        return [atom for atom, how in w.dropped if how == "index" and atom.axis >= 0 and atom.size > 1]
+
+    def _add(self, op: str, w: Virtual, roles: dict[Atom, str], **details: Any) -> None:
+        roles = {**{atom: "l" for atom, _ in w.dropped if atom.axis >= 0}, **roles}
+        self.record.uses[Use(op, tuple(sorted(roles.items())), **details)] = None
+
+
+def _result(eqn: Any) -> jax.Array:
+    """Something of the result's type; the run is abstract, so nothing is computed."""
+    aval = eqn.outvars[0].aval
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def probe_weight(path: tuple[str, ...], base: Any) -> Virtual:
+    """The virtual weight of a whole parameter under observation."""
+    dims = tuple((Atom(d, 1, n),) for d, n in enumerate(base.shape))
+    return Virtual(base, {}, None, dims, (), (), (), Probe(Record(path)))

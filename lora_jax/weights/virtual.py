@@ -1,0 +1,163 @@
+"""A weight that is not an array: the frozen array, factors with named axes, and a view onto both.
+
+The interpreter moves a `Virtual` through structural operations (transpose, reshape, slice, scan ...) without
+knowing what the factors mean: each factor axis is named by the `Atom` of the parameter it belongs to, so an
+operation on a view's dimension is an operation on the factor axes of the same name. What the factors mean is
+the business of the `Kind`, which is asked when the weight meets a contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jax import lax
+
+from lora_jax.sites import Atom
+
+Dims = tuple[tuple[Atom, ...], ...]
+
+
+@dataclass(frozen=True)
+class DotGeneral:
+    """A product of an array `x` with a weight in terms of named axes; `y` names the result's axes.
+
+    `split_x`, `split_w` are the shapes that give every axis its own name; `out_shape` undoes it for `y`.
+    """
+
+    x: tuple[Hashable, ...]
+    w: tuple[Atom, ...]
+    y: tuple[Hashable, ...]
+    split_x: tuple[int, ...]
+    split_w: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    precision: Any
+    preferred_element_type: Any
+
+
+class Kind(Protocol):
+    """What the factors of a `Virtual` mean. Each method returns None where it has no fast path."""
+
+    @property
+    def name(self) -> str: ...
+
+    def materialise(self, w: Virtual) -> jax.Array: ...
+
+    def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None: ...
+
+    def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None: ...
+
+    def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None: ...
+
+    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> jax.Array | Virtual | None: ...
+
+    def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual | None: ...
+
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]: ...
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass
+class Virtual:
+    """A view of a weight.
+
+    **Fields:**
+
+    - `base`: the frozen array of this view; `factors`: the kind's arrays by name.
+    - `key`: dropout key of the parameter, or None.
+    - `dims`: for each dimension of `base`, the atoms it is made of, outermost first.
+    - `axes`: for each factor, the names of its axes (atoms, or strings such as the rank's).
+    - `sizes`: present sizes of atoms that were sliced.
+    - `dropped`: atoms the view no longer shows, each with how it went: `"index"` or `"scan"`.
+    - `kind`: what the factors mean.
+    """
+
+    base: Any
+    factors: dict[str, Any]
+    key: Any
+    dims: Dims
+    axes: tuple[tuple[str, tuple[Hashable, ...]], ...]
+    sizes: tuple[tuple[Atom, int], ...]
+    dropped: tuple[tuple[Atom, str], ...]
+    kind: Kind
+
+    def tree_flatten(self):
+        names = tuple(sorted(self.factors))
+        children = (self.base, [self.factors[n] for n in names], self.key)
+        return children, (names, self.dims, self.axes, self.sizes, self.dropped, self.kind)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children) -> Virtual:
+        base, factors, key = children
+        names, *static = aux
+        return cls(base, dict(zip(names, factors, strict=True)), key, *static)
+
+    def replace(self, **changes: Any) -> Virtual:
+        return Virtual(**{**{f: getattr(self, f) for f in self.__dataclass_fields__}, **changes})
+
+    @property
+    def visible(self) -> tuple[Atom, ...]:
+        """Atoms of the view in row-major order."""
+        return tuple(atom for dim in self.dims for atom in dim)
+
+    def size(self, atom: Atom) -> int:
+        return dict(self.sizes).get(atom, atom.size)
+
+    def axes_of(self, factor: str) -> tuple[Hashable, ...]:
+        return dict(self.axes)[factor]
+
+    def carriers(self, atom: Atom) -> tuple[str, ...]:
+        """Names of the factors that have `atom` among their axes."""
+        return tuple(name for name, axes in self.axes if atom in axes)
+
+    def map_axis(self, atom: Atom, fn: Callable[[Any, int], Any]) -> dict[str, Any]:
+        """Factors after `fn(array, axis)` on each that carries `atom`."""
+        out = dict(self.factors)
+        for name in self.carriers(atom):
+            out[name] = fn(out[name], self.axes_of(name).index(atom))
+        return out
+
+    def sliced(self, base: Any, atom: Atom, size: int, fn: Callable[[Any, int], Any]) -> Virtual:
+        """The view after `fn` cut `atom` down to `size`; `base` is the cut base."""
+        sizes = {**dict(self.sizes), atom: size}
+        return self.replace(base=base, factors=self.map_axis(atom, fn), sizes=tuple(sorted(sizes.items())))
+
+    def without_dims(self, base: Any, dims: tuple[int, ...]) -> Virtual:
+        """The view with dimensions of size one removed; their atoms stay behind on the factors."""
+        gone = tuple((atom, "index") for d in dims for atom in self.dims[d])
+        kept = tuple(dim for d, dim in enumerate(self.dims) if d not in dims)
+        return self.replace(base=base, dims=kept, dropped=(*self.dropped, *gone))
+
+    def split(self, atom: Atom, sizes: tuple[int, ...]) -> tuple[Virtual, tuple[Atom, ...]]:
+        """The same view with `atom` replaced by one atom for each of `sizes`, outermost first; and those atoms."""
+        parts, stride = [], atom.stride
+        for size in reversed(sizes):
+            parts.append(Atom(atom.axis, stride, size))
+            stride *= size
+        new = tuple(reversed(parts))
+
+        def renamed(axes):
+            return tuple(n for a in axes for n in (new if a == atom else (a,)))
+
+        def reshaped(x, axis):
+            return lax.reshape(x, (*x.shape[:axis], *sizes, *x.shape[axis + 1 :]))
+
+        view = self.replace(
+            factors=self.map_axis(atom, reshaped),
+            dims=tuple(renamed(dim) for dim in self.dims),
+            axes=tuple((name, renamed(axes)) for name, axes in self.axes),
+            sizes=tuple((a, s) for a, s in self.sizes if a != atom),
+        )
+        return view, new
+
+    def live_factor(self, name: str) -> tuple[Any, tuple[Hashable, ...]]:
+        """A factor and its axes without the atoms that the view has dropped (all of size one by now)."""
+        array, axes, shown = self.factors[name], self.axes_of(name), set(self.visible)
+        gone = tuple(i for i, a in enumerate(axes) if isinstance(a, Atom) and a not in shown)
+        return (lax.squeeze(array, gone) if gone else array), tuple(a for i, a in enumerate(axes) if i not in gone)
+
+
+def is_virtual(x: Any) -> bool:
+    return isinstance(x, Virtual)
