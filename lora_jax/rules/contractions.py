@@ -15,12 +15,21 @@ from lora_jax.weights.virtual import DotGeneral, Virtual, is_virtual
 def dot_general(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     lhs, rhs = ins
     if is_virtual(lhs) and is_virtual(rhs):
-        return None
+        # Rows looked up in a table are activations: `embed[tokens] @ kernel` is a use of `kernel`.
+        rows = [_is_lookup(lhs), _is_lookup(rhs)]
+        if sum(rows) != 1:
+            return None
+        lhs, rhs = (interpreter.dense(x, "dot_general") if row else x for x, row in zip(ins, rows, strict=True))
     w, x = (lhs, rhs) if is_virtual(lhs) else (rhs, lhs)
     dot = name_axes(eqn, w, w is lhs)
     with eqn.ctx.manager:
         y = w.kind.dot_general(w, x, dot, interpreter.key_for(w), eqn)
     return None if y is None else [y]
+
+
+def _is_lookup(w: Virtual) -> bool:
+    """Whether a view has dimensions that are none of the parameter's own (see `batch_atoms`)."""
+    return any(atom.axis < 0 for atom in w.visible)
 
 
 def name_axes(eqn: Any, w: Virtual, weight_first: bool) -> DotGeneral:
