@@ -13,13 +13,9 @@ from lora_jax.weights.virtual import DotGeneral, Virtual, is_virtual
 
 @rule("dot_general")
 def dot_general(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    lhs, rhs = ins
-    if is_virtual(lhs) and is_virtual(rhs):
-        # Rows looked up in a table are activations: `embed[tokens] @ kernel` is a use of `kernel`.
-        rows = [_is_lookup(lhs), _is_lookup(rhs)]
-        if sum(rows) != 1:
-            return None
-        lhs, rhs = (interpreter.dense(x, "dot_general") if row else x for x, row in zip(ins, rows, strict=True))
+    lhs, rhs = _one_weight(interpreter, ins)
+    if not is_virtual(lhs) and not is_virtual(rhs):
+        return None
     w, x = (lhs, rhs) if is_virtual(lhs) else (rhs, lhs)
     dot = name_axes(eqn, w, w is lhs)
     with eqn.ctx.manager:
@@ -27,9 +23,16 @@ def dot_general(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | N
     return None if y is None else [y]
 
 
-def _is_lookup(w: Virtual) -> bool:
-    """Whether a view has dimensions that are none of the parameter's own (see `batch_atoms`)."""
-    return any(atom.axis < 0 for atom in w.visible)
+def _one_weight(interpreter: Any, ins: Sequence[Any]) -> list[Any]:
+    """Where two parameters meet, one is data: a looked-up row (`embed[tokens] @ kernel`), a learnt query.
+
+    Failing a row, the one with fewer axes, then the first. Both are arrays where one object stands on both sides.
+    """
+    both = [x for x in ins if is_virtual(x)]
+    if len(both) < 2:
+        return list(ins)
+    data = min(both, key=lambda w: (not w.is_row, len(w.own_axes)))
+    return [interpreter.dense(x, "dot_general") if x is data else x for x in ins]
 
 
 def name_axes(eqn: Any, w: Virtual, weight_first: bool) -> DotGeneral:
@@ -53,7 +56,9 @@ def name_axes(eqn: Any, w: Virtual, weight_first: bool) -> DotGeneral:
     out_shape = tuple(eqn.outvars[0].aval.shape)
     assert math.prod(shape(y_flat)) == math.prod(out_shape), (eqn, x_names, y_names)
     return DotGeneral(
-        x=x_flat, w=w.visible, y=y_flat, split_x=shape(x_flat), split_w=shape(w.visible), out_shape=out_shape,
+        x=x_flat, w=w.visible, y=y_flat,
+        summed=tuple(atom for d in contracting[side] for atom in w.dims[d]),
+        split_x=shape(x_flat), split_w=shape(w.visible), out_shape=out_shape,
         precision=eqn.params["precision"], preferred_element_type=eqn.params["preferred_element_type"],
     )  # fmt: skip
 
@@ -61,8 +66,9 @@ def name_axes(eqn: Any, w: Virtual, weight_first: bool) -> DotGeneral:
 @rule("conv_general_dilated")
 def conv(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     x, w = ins
-    if is_virtual(x):
+    if not is_virtual(w):
         return None
+    x = interpreter.dense(x, "conv_general_dilated")  # a looked-up row, which is data
     y = w.kind.conv(w, x, interpreter.key_for(w), eqn)
     return None if y is None else [y]
 
@@ -71,8 +77,9 @@ def conv(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
 def ragged_dot(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     """Grouped products of mixture-of-experts layers, in their plain form (tokens, groups)."""
     x, w, sizes = ins
-    if is_virtual(x) or is_virtual(sizes):
+    if not is_virtual(w) or is_virtual(sizes):
         return None
+    x = interpreter.dense(x, "ragged_dot_general")
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contracting, batch) = numbers.dot_dimension_numbers
     plain = (

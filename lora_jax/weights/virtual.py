@@ -24,12 +24,14 @@ Dims = tuple[tuple[Atom, ...], ...]
 class DotGeneral:
     """A product of an array `x` with a weight in terms of named axes; `y` names the result's axes.
 
+    `summed` names the contracted axes in the product's own order.
     `split_x`, `split_w` are the shapes that give every axis its own name; `out_shape` undoes it for `y`.
     """
 
     x: tuple[Hashable, ...]
     w: tuple[Atom, ...]
     y: tuple[Hashable, ...]
+    summed: tuple[Atom, ...]
     split_x: tuple[int, ...]
     split_w: tuple[int, ...]
     out_shape: tuple[int, ...]
@@ -101,6 +103,17 @@ class Virtual:
     def visible(self) -> tuple[Atom, ...]:
         """Atoms of the view in row-major order."""
         return tuple(atom for dim in self.dims for atom in dim)
+
+    @property
+    def own_axes(self) -> set[int]:
+        """Axes of the parameter that the view still shows."""
+        return {atom.axis for atom in self.visible if atom.axis >= 0}
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the view is rows picked by index: a looked-up embedding, which is data rather than a weight."""
+        picked = any(how == "index" and atom.size > 1 for atom, how in self.dropped)
+        return picked and len(self.own_axes) <= 1
 
     def size(self, atom: Atom) -> int:
         return dict(self.sizes).get(atom, atom.size)
