@@ -1,0 +1,55 @@
+"""The PyTorch side of lora_jax: state dicts, PEFT directories and torch modules.
+
+Names load when they are used, so `import lora_torch` imports neither torch nor jax; the converters never need torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .layouts import Layout as Layout
+    from .naming import Naming as Naming
+    from .naming import module_index as module_index
+    from .naming import module_name as module_name
+    from .naming import module_names as module_names
+    from .naming import torch_name as torch_name
+    from .naming import torch_names as torch_names
+    from .problems import StateDictError as StateDictError
+    from .rotary import rotary_to_half as rotary_to_half
+    from .rotary import rotary_to_interleaved as rotary_to_interleaved
+    from .rules import Preset as Preset
+    from .rules import Rule as Rule
+    from .state_dict import from_torch_state_dict as from_torch_state_dict
+    from .state_dict import to_torch_state_dict as to_torch_state_dict
+
+# Public name -> the module that defines it.
+_HOME = {
+    "Layout": "layouts",
+    "Naming": "naming",
+    "Preset": "rules",
+    "Rule": "rules",
+    "StateDictError": "problems",
+    "from_torch_state_dict": "state_dict",
+    "module_index": "naming",
+    "module_name": "naming",
+    "module_names": "naming",
+    "rotary_to_half": "rotary",
+    "rotary_to_interleaved": "rotary",
+    "to_torch_state_dict": "state_dict",
+    "torch_name": "naming",
+    "torch_names": "naming",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
