@@ -18,12 +18,14 @@ def contract(
     y_axes: Axes,
     out_axes: Axes,
     *,
+    summed: Axes = (),
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
     """Sums over every name missing from `out_axes`; shared names that stay are batch axes.
 
-    Lowers to one `dot_general`, and to one transpose only if neither operand order gives `out_axes`.
+    Lowers to one `dot_general`, and to one transpose only if neither operand order gives `out_axes`. `summed`
+    gives the order in which shared axes are summed, which decides the last bits; by default `y`'s.
     """
     x_set, y_set, out = set(x_axes), set(y_axes), set(out_axes)
     assert len(x_set) == len(x_axes) and len(y_set) == len(y_axes), (x_axes, y_axes)
@@ -31,7 +33,7 @@ def contract(
     x, x_axes = _sum_out(x, x_axes, x_set - y_set - out)
     y, y_axes = _sum_out(y, y_axes, y_set - x_set - out)
     batch = [name for name in out_axes if name in x_set and name in y_set]
-    summed = [name for name in y_axes if name in x_set and name not in out]
+    summed = summed or tuple(name for name in y_axes if name in x_set and name not in out)
     x_free = [name for name in x_axes if name not in y_set]
     y_free = [name for name in y_axes if name not in x_set]
     got = (*batch, *x_free, *y_free)

@@ -25,7 +25,8 @@ class Contraction:
     """The axis names of one adapted product and its static settings.
 
     `first` is the factor that shares contracted axes with `x`, `second` the other one; which of A and B
-    that is depends on the side of the weight that is contracted (a tied head contracts B's).
+    that is depends on the side of the weight that is contracted (a tied head contracts B's). `summed` is the order
+    in which `x·w` sums its axes, so that a zero adapter gives the base's very bits; empty for `w`'s order.
     """
 
     x: Axes
@@ -33,6 +34,7 @@ class Contraction:
     first: Axes
     second: Axes
     y: Axes
+    summed: Axes = ()
     precision: Any = None
     preferred_element_type: Any = None
     dropout_rate: float = 0.0
@@ -65,7 +67,7 @@ def low_rank_contract(
     **Raises:** `ValueError` for an unknown `implementation`.
     """
     check_implementation(implementation)
-    return _low_rank(spec, x, w, first, second, jnp.asarray(scale, jnp.float32), key)
+    return _low_rank(spec, x, w, first, second, jnp.asarray(scale, _wide(x.dtype)), key)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -83,9 +85,10 @@ def _wide(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _scaled(second: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array:
+    """`scale * second`, multiplied in float32 (float64 for float64) and rounded once to `dtype`."""
     wide = _wide(dtype)
-    return (second.astype(wide) * scale.astype(wide)).astype(dtype)
+    return (second.astype(wide) * jnp.asarray(scale, wide)).astype(dtype)
 
 
 def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -101,12 +104,12 @@ def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | No
 
 def _forward(spec, x, w, first, second, scale, key):
     y = contract(
-        x, spec.x, w, spec.w, spec.y,
+        x, spec.x, w, spec.w, spec.y, summed=spec.summed,
         precision=spec.precision, preferred_element_type=spec.preferred_element_type,
     )  # fmt: skip
     h = _down(spec, x, first, key)
     up = contract(
-        h, spec.h, _scaled(second, scale, h.dtype), spec.second, spec.y,
+        h, spec.h, scaled(second, scale, h.dtype), spec.second, spec.y,
         precision=spec.precision, preferred_element_type=y.dtype,
     )  # fmt: skip
     return y + up.astype(y.dtype), h
@@ -152,7 +155,7 @@ def _bwd(spec, saved, dy):
     dy_low = dy.astype(dtype)
     pair = functools.partial(contract, precision=spec.precision)
     if wants["x"] is not None or wants["first"] is not None:
-        up = _scaled(second, scale, dtype)
+        up = scaled(second, scale, dtype)
         g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide).astype(dtype)
     if wants["x"] is not None:
         through_base = pair(dy, spec.y, w, spec.w, spec.x, preferred_element_type=_like(dy, like_x))

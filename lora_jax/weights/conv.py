@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.ops.contract import contract, reorder
+from lora_jax.ops.low_rank import scaled
 from lora_jax.weights.virtual import Dims
 
 RANK = "rank"
@@ -50,7 +51,7 @@ def low_rank_conv(eqn: Any, x: jax.Array, dims: Dims, a: Named, b: Named, scale:
     feature = numbers.out_spec[1]
     outputs = eqn.outvars[0].aval.shape[feature]
     split = (*down.shape[:feature], groups, rank, *down.shape[feature + 1 :])
-    up = (reorder(b[0], b[1], (RANK, *dims[out_dim])).astype(jnp.float32) * scale).astype(x.dtype)
+    up = scaled(reorder(b[0], b[1], (RANK, *dims[out_dim])), scale, x.dtype)
     rows = [f"n{i}" for i in range(down.ndim - 1)]
     names = (*rows[:feature], "g", RANK, *rows[feature:])
     result = contract(

@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax import _compat
 from lora_jax.ops.contract import contract, reorder
 from lora_jax.ops.dropout import dropout
-from lora_jax.ops.low_rank import Contraction, low_rank_contract
+from lora_jax.ops.low_rank import Contraction, low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
 from lora_jax.weights.lookup import rest_of_gather, take_from_factor
@@ -52,7 +52,8 @@ class Lora:
         by_a, by_b = (sum(atom in axes for atom in summed) for axes in (a_axes, b_axes))
         first, second = ((a, a_axes), (b, b_axes)) if by_a >= by_b else ((b, b_axes), (a, a_axes))
         spec = Contraction(
-            x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, precision=dot.precision,
+            x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, summed=dot.summed,
+            precision=dot.precision,
             preferred_element_type=dot.preferred_element_type, dropout_rate=self.dropout_rate,
         )  # fmt: skip
         y = low_rank_contract(
@@ -76,7 +77,7 @@ class Lora:
             return None
         y = _compat.bind(eqn, [x, w.base, sizes])[0]
         a = reorder(a, a_axes, (group, k, RANK)).astype(x.dtype)
-        b = (reorder(b, b_axes, (group, RANK, n)).astype(jnp.float32) * self.site.scale).astype(x.dtype)
+        b = scaled(reorder(b, b_axes, (group, RANK, n)), self.site.scale, x.dtype)
         h = lax.ragged_dot(dropout(x, key, self.dropout_rate), a, sizes, preferred_element_type=jnp.float32).astype(
             x.dtype
         )

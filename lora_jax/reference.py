@@ -1,0 +1,122 @@
+"""The oracle: low-rank algebra in float64 numpy, and the only place that states a tolerance.
+
+Nothing here uses jax or any other part of the library but the description of a site, so an error in the library
+is not repeated here. Tolerances are bounds, not habits: they follow from how often a result is rounded and how
+many terms are summed, and every test that uses one also shows that a dropped or unscaled adapter exceeds it.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lora_jax.sites import Atom, Site
+
+# Roundings to the compute dtype on the way to one adapted output: both factors' casts, x·A, x·A·B, x·W, the sum.
+ROUNDINGS = 6
+
+
+def tolerance(dtype: Any, terms: int) -> float:
+    """Bound on |error| / magnitude of `x·W + s·(x·A)·B`, where the magnitude is the same sum over |inputs|.
+
+    `ROUNDINGS` results are rounded to `dtype`, and sums of `terms` products accumulate in float32 (float64 for
+    float64), each of them with a relative error of at most one unit roundoff.
+
+    **Source:** Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1 and section 3.1,
+    to first order.
+    """
+    accumulator = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    return ROUNDINGS * unit_roundoff(dtype) + terms * unit_roundoff(accumulator)
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """Largest relative error of one rounding to nearest: 2**-24 for float32, 2**-8 for bfloat16."""
+    return float(ml_dtypes.finfo(np.dtype(dtype)).eps) / 2
+
+
+def excess(got: Any, want: np.ndarray, bound: Any) -> float:
+    """The worst of |got - want| / bound: at most 1 if `got` is right. Infinite for NaN or another shape."""
+    got = np.asarray(got).astype(np.float64)
+    if got.shape != np.shape(want):
+        return float("inf")
+    if got.size == 0:
+        return 0.0
+    error = np.abs(got - want)
+    ratio = np.where(error == 0, 0.0, error / np.maximum(bound, np.finfo(np.float64).tiny))
+    return float(np.max(np.where(np.isnan(ratio), np.inf, ratio)))
+
+
+def lora_dot(
+    x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`x·W + scale·(mask*x)·A·B` and its magnitude. `mask` is 0 or 1 / (1 - rate) per element of `x`."""
+    x, w, a, b = (np.asarray(v).astype(np.float64) for v in (x, w, a, b))
+    dropped = x if mask is None else x * np.asarray(mask, np.float64)
+    want = x @ w + scale * (dropped @ a) @ b
+    return want, abs(x) @ abs(w) + abs(scale) * (abs(dropped) @ abs(a)) @ abs(b)
+
+
+def lora_dot_gradients(
+    x: np.ndarray,
+    w: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    scale: float,
+    dy: np.ndarray,
+    mask: np.ndarray | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`{"x" | "w" | "a" | "b": (gradient, magnitude)}` of `sum(dy * lora_dot(...))`."""
+    x, w, a, b, dy = (np.asarray(v).astype(np.float64) for v in (x, w, a, b, dy))
+    keep = np.ones_like(x) if mask is None else np.asarray(mask, np.float64)
+
+    def gradients(x, w, a, b, scale, dy):
+        rows, grad = (x * keep).reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return {
+            "x": dy @ w.T + scale * ((dy @ b.T) @ a.T) * keep,
+            "w": x.reshape(rows.shape).T @ grad,
+            "a": scale * rows.T @ (grad @ b.T),
+            "b": scale * (rows @ a).T @ grad,
+        }
+
+    exact = gradients(x, w, a, b, scale, dy)
+    magnitude = gradients(*map(np.abs, (x, w, a, b)), abs(scale), abs(dy))
+    return {name: (exact[name], magnitude[name]) for name in exact}
+
+
+def delta(site: Site, a: Any, b: Any) -> np.ndarray:
+    """`scale * sum_r A[l, i, r] * B[l, r, o]` in the shape of the site's parameter."""
+    letter = _letters(site)
+    spec = f"{_axes(site, 'li', letter)}r,{_axes(site, 'l', letter)}r{_axes(site, 'o', letter)}->"
+    spec += "".join(letter[atom] for atom in site.atoms)
+    product = np.einsum(spec, np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64))
+    return site.scale * product.reshape(site.shape)
+
+
+def merged(site: Site, w: Any, a: Any, b: Any) -> np.ndarray:
+    """`W + s·A·B` in float64."""
+    return np.asarray(w).astype(np.float64) + delta(site, a, b)
+
+
+def factor_gradients(site: Site, a: Any, b: Any, dw: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of A and B by the chain rule, from the gradient `dw` of the merged weight."""
+    letter = _letters(site)
+    whole = "".join(letter[atom] for atom in site.atoms)
+    a_axes = _axes(site, "li", letter) + "r"
+    b_axes = _axes(site, "l", letter) + "r" + _axes(site, "o", letter)
+    grad = np.asarray(dw).astype(np.float64).reshape([atom.size for atom in site.atoms])
+    a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+    da = site.scale * np.einsum(f"{whole},{b_axes}->{a_axes}", grad, b)
+    db = site.scale * np.einsum(f"{a_axes},{whole}->{b_axes}", a, grad)
+    return da, db
+
+
+def _letters(site: Site) -> dict[Atom, str]:
+    """One einsum letter per atom; `r` is the rank's."""
+    return dict(zip(site.atoms, (c for c in string.ascii_letters if c != "r"), strict=False))
+
+
+def _axes(site: Site, roles: str, letter: dict[Atom, str]) -> str:
+    return "".join(letter[atom] for role in roles for atom in site.atoms_of(role))
