@@ -32,11 +32,7 @@ def _is_safe(name: str) -> bool:
     """Whether `name` stays inside the folder it is joined to, on Unix and on Windows."""
     windows = PureWindowsPath(name)
     return not (
-        name.startswith("/")
-        or "\\" in name
-        or windows.drive
-        or windows.root
-        or ".." in PurePosixPath(name).parts
+        name.startswith("/") or "\\" in name or windows.drive or windows.root or ".." in PurePosixPath(name).parts
     )
 
 
@@ -60,9 +56,7 @@ def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
         with tarfile.open(archive) as opened:
             _extract(archive.name, _tar_entries(opened), members, folder)
     else:
-        raise ValueError(
-            f"`{archive.name}` is neither a zip (wheel) nor a tar file. Delete it and fetch again."
-        )
+        raise ValueError(f"`{archive.name}` is neither a zip (wheel) nor a tar file. Delete it and fetch again.")
 
 
 def _extract(archive: str, entries: _Entries, members: Mapping[str, str], folder: Path) -> None:
@@ -72,13 +66,9 @@ def _extract(archive: str, entries: _Entries, members: Mapping[str, str], folder
         if pattern is None:
             continue
         if not _is_safe(name):
-            raise ValueError(
-                f"`{archive}` has a member named {name!r}, which leaves its folder. Nothing is extracted."
-            )
+            raise ValueError(f"`{archive}` has a member named {name!r}, which leaves its folder. Nothing is extracted.")
         if open_member is None:
-            raise ValueError(
-                f"Member {name!r} of `{archive}` is not a plain file but a folder, link or device."
-            )
+            raise ValueError(f"Member {name!r} of `{archive}` is not a plain file but a folder, link or device.")
         target = folder / members[pattern] / PurePosixPath(name).name
         target.parent.mkdir(parents=True, exist_ok=True)
         source = open_member()
@@ -87,11 +77,7 @@ def _extract(archive: str, entries: _Entries, members: Mapping[str, str], folder
             with source, target.open("xb") as written:
                 shutil.copyfileobj(source, written, 1 << 20)
         except FileExistsError:
-            raise ValueError(
-                f"Two members of `{archive}` would both be written to `{target.name}`."
-            ) from None
+            raise ValueError(f"Two members of `{archive}` would both be written to `{target.name}`.") from None
         unmatched.discard(pattern)
     if unmatched:
-        raise ValueError(
-            f"`{archive}` has no member that matches {sorted(unmatched)}; is it another version?"
-        )
+        raise ValueError(f"`{archive}` has no member that matches {sorted(unmatched)}; is it another version?")

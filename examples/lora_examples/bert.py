@@ -49,9 +49,7 @@ class BertConfig:
         expected = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         for key, value in expected.items():
             if (found := config.get(key, value)) != value:
-                raise ValueError(
-                    f"`{key}` is {found!r} in this config.json; only {value!r} is supported here."
-                )
+                raise ValueError(f"`{key}` is {found!r} in this config.json; only {value!r} is supported here.")
         names = {field.name for field in dataclasses.fields(cls)} - {"num_labels"}
         return cls(**{name: config[name] for name in names if name in config}, num_labels=num_labels)
 
@@ -60,15 +58,11 @@ class Embeddings(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(
-        self, ids: Int[Array, "batch length"], types: Int[Array, "batch length"]
-    ) -> Float[Array, "..."]:
+    def __call__(self, ids: Int[Array, "batch length"], types: Int[Array, "batch length"]) -> Float[Array, "..."]:
         config = self.config
         x = nn.Embed(config.vocab_size, config.hidden_size, name="word_embeddings")(ids)
         positions = jnp.arange(ids.shape[1])[None]
-        x += nn.Embed(config.max_position_embeddings, config.hidden_size, name="position_embeddings")(
-            positions
-        )
+        x += nn.Embed(config.max_position_embeddings, config.hidden_size, name="position_embeddings")(positions)
         x += nn.Embed(config.type_vocab_size, config.hidden_size, name="token_type_embeddings")(types)
         return _layer_norm(config)(x)
 
@@ -77,15 +71,13 @@ class SelfAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length width"], mask: Array
-    ) -> Float[Array, "batch length width"]:
+    def __call__(self, x: Float[Array, "batch length width"], mask: Array) -> Float[Array, "batch length width"]:
         def project(name: str) -> Float[Array, "batch length heads head"]:
             y = nn.Dense(self.config.hidden_size, name=name)(x)
             return y.reshape(*y.shape[:2], self.config.num_attention_heads, -1)
 
         query, key, value = project("query"), project("key"), project("value")
-        y = nn.dot_product_attention(query, key, value, mask=mask, force_fp32_for_softmax=True)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask)
         return y.reshape(x.shape)
 
 
@@ -214,8 +206,6 @@ def load(
     state = read_state_dict(directory)
     if not any(name.startswith("bert.") for name in state):
         state = {f"bert.{name}": array for name, array in state.items()}
-    # A buffer of 0, 1, 2 ..., which transformers saved until 4.31.
-    state.pop("bert.embeddings.position_ids", None)
     if not any(name.startswith("classifier.") for name in state):
         file_dtype = next(iter(state.values())).dtype
         state["classifier.weight"] = np.zeros((num_labels, config.hidden_size), file_dtype)

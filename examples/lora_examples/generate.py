@@ -65,9 +65,7 @@ def generator(
             raise ValueError(f"temperature={temperature}: it must be 0 (greedy), or positive with a `key`.")
         buffer = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.asarray(prompt, jnp.int32))
         key = jax.random.key(0) if key is None else key  # not used at temperature 0
-        buffer, position = fill(
-            params, buffer, np.int32(len(prompt)), np.int32(end), np.float32(temperature), key
-        )
+        buffer, position = fill(params, buffer, np.int32(len(prompt)), np.int32(end), np.float32(temperature), key)
         new = np.asarray(buffer)[len(prompt) : int(position)].tolist()
         return new[:-1] if new and new[-1] == stop else new
 

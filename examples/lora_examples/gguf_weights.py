@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_examples import llama_linen
 from lora_examples.hf_directory import PathLike, flax_params
 from lora_examples.llama import LlamaConfig
+from lora_examples.llama_linen import abstract_params
+from lora_torch import rotary_to_half
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -55,12 +56,14 @@ def read_llama(reader: "GGUFReader", *, dtype: Any = np.float32) -> tuple[LlamaC
         name = _torch_name(tensor.name)
         # GGUF writes shapes fastest axis first; the data are already (out, in), as torch has them.
         weight = dequantize(tensor.data, tensor.tensor_type)
-        if name.endswith("q_proj.weight"):
-            weight = _unpermute(weight, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            weight = _unpermute(weight, config.num_key_value_heads)
+        # llama.cpp rotates feature 2i with 2i+1 of a head, these models i with i + head/2. Without this logits are
+        # wrong, and an adapter trained here would be exported for rows that mean something else.
+        if name.endswith(".q_proj.weight"):
+            weight = rotary_to_half(weight, config.num_attention_heads)
+        elif name.endswith(".k_proj.weight"):
+            weight = rotary_to_half(weight, config.num_key_value_heads)
         state[name] = weight
-    return config, flax_params(state, llama_linen.abstract_params(config), dtype=dtype)
+    return config, flax_params(state, abstract_params(config), dtype=dtype)
 
 
 def read_config(reader: "GGUFReader") -> LlamaConfig:
@@ -118,17 +121,6 @@ def _torch_name(name: str) -> str:
     if (match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)) and match[2] in _BLOCK:
         return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.weight"
     raise ValueError(f"Tensor `{name}` is not part of a Llama as these models know it.")
-
-
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Brings the rows of q or k into Hugging Face's order.
-
-    llama.cpp rotates feature 2i with 2i+1 of a head, Hugging Face i with i + head/2; so its converter
-    interleaves each head's two halves, which this undoes. Without it logits are wrong, and an adapter trained
-    here would be exported for rows that mean something else.
-    """
-    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 _REQUIRED = object()

@@ -1,9 +1,4 @@
-"""Reads a local Hugging Face model directory: `config.json` and safetensors, in one file or sharded.
-
-Flax and torch name the same numbers differently, by three rules: a Dense `kernel` is the transpose of a
-`weight`, and a norm's `scale` and an Embed's `embedding` are a `weight` as they are. The models of this
-package need no others, because their modules are named as Hugging Face names them.
-"""
+"""Reads a local Hugging Face model directory: `config.json` and safetensors, in one file or sharded."""
 
 import json
 import os
@@ -12,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (makes numpy, and with it safetensors, know bfloat16)
 import numpy as np
 from safetensors import safe_open
 
-from lora_examples import llama_linen
 from lora_examples.llama import LlamaConfig
+from lora_examples.llama_linen import abstract_params
+from lora_torch import from_torch_state_dict
 
 PathLike = str | os.PathLike[str]
 
@@ -39,17 +34,9 @@ def read_llama(directory: PathLike, *, dtype: Any = None) -> tuple[LlamaConfig, 
     which are all listed.
     """
     config = LlamaConfig.from_hf(read_config(directory))
-    state = read_state_dict(directory)
-    # Derived from the config; saved by transformers until 4.32.
-    state = {name: array for name, array in state.items() if not name.endswith(".rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in state:
-        head = state.pop("lm_head.weight")
-        if not np.array_equal(head, state.get("model.embed_tokens.weight", head)):
-            raise ValueError(
-                "config.json says `tie_word_embeddings: true`, but `lm_head.weight` differs from "
-                "`model.embed_tokens.weight`. Set it to false if the head is its own matrix."
-            )
-    return config, flax_params(state, llama_linen.abstract_params(config), dtype=dtype)
+    # transformers leaves a tied head out; other programs write it twice.
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else None
+    return config, flax_params(read_state_dict(directory), abstract_params(config), dtype=dtype, tied=tied)
 
 
 def read_config(directory: PathLike) -> dict[str, Any]:
@@ -85,9 +72,7 @@ def read_state_dict(directory: PathLike) -> dict[str, np.ndarray]:
         if Path(shard).name != shard:
             raise ValueError(f"{index} names the shard {shard!r}, which is outside its directory.")
         if not (directory / shard).is_file():
-            raise FileNotFoundError(
-                f"{index} names the shard {shard}, which is not there. Download it again."
-            )
+            raise FileNotFoundError(f"{index} names the shard {shard}, which is not there. Download it again.")
         found = _read_file(directory / shard)
         listed = {name for name, file in shard_of.items() if file == shard}
         if difference := sorted(listed ^ set(found)):
@@ -101,40 +86,22 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def flax_params(state: Mapping[str, Any], like: Mapping[str, Any], *, dtype: Any = None) -> dict[str, Any]:
-    """Turns a torch state dict into Flax parameters.
+def flax_params(
+    state: Mapping[str, Any], like: Mapping[str, Any], *, dtype: Any = None, tied: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Turns a torch state dict into the parameters of a model of this package, or of any that Hugging Face named.
 
     **Arguments:**
 
-    - `state`: arrays under torch names, dots between the parts.
-    - `like`: nested dictionaries of arrays or `jax.ShapeDtypeStruct`s; its shapes are checked, its dtypes
-        not.
+    - `state`: arrays under torch names.
+    - `like`: nested dictionaries of arrays or `jax.ShapeDtypeStruct`s; its shapes are checked, its dtypes not.
     - `dtype`: what to cast to; `None` keeps the dtype of `state`.
+    - `tied`: an alias that `state` may hold, and its source; they must agree.
 
     **Returns:** dictionaries nested as `like`, of `jax.Array`s.
 
-    **Raises:** one `ValueError` that lists all missing, unexpected and misshapen tensors.
+    **Raises:** `lora_torch.StateDictError` (a `ValueError`) that lists all missing, unexpected and misshapen tensors.
     """
-    faults = []
-    used = set()
-
-    def convert(path: tuple[Any, ...], leaf: Any) -> Any:
-        *modules, kind = (str(key.key) for key in path)
-        name = ".".join([*modules, "bias" if kind == "bias" else "weight"])
-        used.add(name)
-        if name not in state:
-            faults.append(f"missing: {name}, shape {leaf.shape[::-1] if kind == 'kernel' else leaf.shape}")
-            return leaf
-        array = np.asarray(state[name])
-        array = array.T if kind == "kernel" else array
-        if array.shape != leaf.shape:
-            faults.append(f"misshapen: {name} is {np.shape(state[name])}, which gives {kind} of {leaf.shape}")
-            return leaf
-        # Cast before the copy to the device, so that only one copy of the wanted size is made.
-        return jnp.asarray(np.ascontiguousarray(array, dtype=dtype or array.dtype))
-
-    params = jax.tree_util.tree_map_with_path(convert, dict(like))
-    faults += [f"unexpected: {name}, shape {np.shape(state[name])}" for name in sorted(set(state) - used)]
-    if faults:
-        raise ValueError(f"{len(faults)} tensors do not fit the model:\n  " + "\n  ".join(faults))
-    return params
+    if dtype is not None:
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), like)
+    return from_torch_state_dict(state, like, preset="hf-flax", tied=tied, dtype="like" if dtype else "stored")

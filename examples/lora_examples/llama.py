@@ -68,9 +68,7 @@ class LlamaConfig:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         windowed = family == "mistral" or (family == "qwen2" and config.get("use_sliding_window", False))
         if family == "qwen2" and windowed and config.get("max_window_layers", 0) > 0:
-            raise ValueError(
-                "Sliding windows on a part of the layers (`max_window_layers`) are not supported."
-            )
+            raise ValueError("Sliding windows on a part of the layers (`max_window_layers`) are not supported.")
         bias = bool(config.get("attention_bias", False))
         heads = config["num_attention_heads"]
         return cls(
@@ -97,9 +95,7 @@ def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise ValueError(
-            f"Rotary scaling of the kind {kind!r} is not supported here; 'linear' and 'llama3' are."
-        )
+        raise ValueError(f"Rotary scaling of the kind {kind!r} is not supported here; 'linear' and 'llama3' are.")
     names = {field.name for field in dataclasses.fields(RotaryScaling)} & set(rope)
     return RotaryScaling(kind=kind, **{name: rope[name] for name in names})
 

@@ -58,6 +58,8 @@ class Layer(nnx.Module):
 class LlamaModel(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        # nnx.Embed, unlike nnx.Linear, settles on a dtype when it is made. None follows the parameters.
+        self.embed_tokens.dtype = None
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = _norm(config, rngs)
 
@@ -93,8 +95,7 @@ def from_params(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     given = {
-        tuple(str(key.key) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params))
+        tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params))
     }
     wanted = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     wrong = [
@@ -105,7 +106,5 @@ def from_params(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
     ]
     if wrong:
         raise ValueError(f"{len(wrong)} parameters do not fit the model:\n  " + "\n  ".join(wrong))
-    filled = [
-        (path, variable.replace(given[tuple(map(str, path))])) for path, variable in nnx.to_flat_state(state)
-    ]
+    filled = [(path, variable.replace(given[tuple(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))

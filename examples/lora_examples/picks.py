@@ -22,9 +22,7 @@ class Licence:
     source: str
 
     def __str__(self) -> str:
-        return ". ".join(
-            part for part in (f"Licence: {self.stated}", self.caveat, f"Source: {self.source}") if part
-        )
+        return ". ".join(part for part in (f"Licence: {self.stated}", self.caveat, f"Source: {self.source}") if part)
 
 
 @dataclass(frozen=True)
