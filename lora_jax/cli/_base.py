@@ -104,7 +104,7 @@ def open_base(directory: Path | str) -> Base:
         raise ValueError(
             f"{directory / INDEX} disagrees with the shards about {len(wrong)} tensors: {', '.join(wrong[:5])}."
         )
-    # transformers refuses to load a file without this entry.
+    # transformers has refused files that do not say which framework wrote them.
     return Base(directory, config, entries, {"format": "pt", **metadata}, index)
 
 

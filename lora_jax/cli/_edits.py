@@ -16,7 +16,7 @@ from lora_jax.cli._base import Base, Entry
 # Where transformers stores (in, out) kernels: its Conv1D layers, by config.json's model_type.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
-ROWS = 4096  # rows updated at a time, so that a large table costs no second one in float32
+ROWS = 512  # rows updated at a time: a table of any size costs a few MB of float32 beside itself
 
 
 class Change(NamedTuple):
@@ -66,9 +66,13 @@ class Edit:
             rounded = new[at].astype(exact)
             if not np.isfinite(rounded).all():
                 raise ValueError(f"the result is not finite in {base.dtype}: NaN in a factor, or an overflow")
-            change += float(np.sum(np.square(block - old[at].astype(exact)), dtype=np.float64))
-            loss += float(np.sum(np.square(block - rounded), dtype=np.float64))
+            change += _squared(block - old[at].astype(exact))
+            loss += _squared(block - rounded)
         return out, change, loss
+
+
+def _squared(x: np.ndarray) -> float:
+    return float(np.vdot(x, x))
 
 
 def changes_of(adapter: Adapter) -> dict[str, Change]:
