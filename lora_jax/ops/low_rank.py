@@ -67,7 +67,8 @@ def low_rank_contract(
     **Raises:** `ValueError` for an unknown `implementation`.
     """
     check_implementation(implementation)
-    return _low_rank(spec, x, w, first, second, jnp.asarray(scale, _wide(x.dtype)), key)
+    # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
+    return _traced_once(spec, x, w, first, second, jnp.asarray(scale, _wide(x.dtype)), key)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -179,3 +180,4 @@ def _like(dy: jax.Array, x: jax.Array) -> Any:
 
 
 _low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_traced_once = jax.jit(_low_rank, static_argnums=0)
