@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from .naming import module_names as module_names
     from .naming import torch_name as torch_name
     from .naming import torch_names as torch_names
+    from .peft_dir import save_peft as save_peft
+    from .peft_dir import target_names as target_names
+    from .peft_load import load_peft as load_peft
+    from .peft_plan import config_for as config_for
+    from .peft_plan import plan_peft as plan_peft
+    from .peft_read import read_peft as read_peft
     from .problems import StateDictError as StateDictError
     from .rotary import rotary_to_half as rotary_to_half
     from .rotary import rotary_to_interleaved as rotary_to_interleaved
@@ -31,12 +37,18 @@ _HOME = {
     "Preset": "rules",
     "Rule": "rules",
     "StateDictError": "problems",
+    "config_for": "peft_plan",
     "from_torch_state_dict": "state_dict",
+    "load_peft": "peft_load",
     "module_index": "naming",
     "module_name": "naming",
     "module_names": "naming",
+    "plan_peft": "peft_plan",
+    "read_peft": "peft_read",
     "rotary_to_half": "rotary",
     "rotary_to_interleaved": "rotary",
+    "save_peft": "peft_dir",
+    "target_names": "peft_dir",
     "to_torch_state_dict": "state_dict",
     "torch_name": "naming",
     "torch_names": "naming",

@@ -1,0 +1,182 @@
+"""Hugging Face PEFT directories, both ways: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+
+    save_peft(adapter, "out", plan, base_model_name_or_path="gpt2", names="hf-flax")
+    plan = plan_peft("out", fn, params, tokens, names="hf-flax")
+    adapter = load_peft("out", plan, names="hf-flax")
+
+Torch is not needed. What the factors look like is in `peft_tensors`, what they are called in `peft_names`, what each
+reader takes in `peft_export`, and how files are judged in `peft_read`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_jax.adapters import Adapter
+from lora_jax.config import LoRAConfig
+from lora_jax.planning import Plan
+from lora_jax.sites import Site
+
+from .arrays import convert, ops_of
+from .model_card import model_card as make_card
+from .peft_export import Module, adapter_config, bake, module_of, refuse
+from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_names import Names, as_naming, fan_in_fan_out, full_entries, places, torch_path, with_stacks
+from .peft_read import CONFIG_FILE, TENSOR_FILE
+from .peft_tensors import Placement, to_modules
+from .peft_tensors import tied as tied_factors
+
+CARD_FILE = "README.md"
+
+
+def save_peft(
+    adapter: Adapter,
+    directory: str | Path,
+    plan_or_config: Plan | LoRAConfig | None = None,
+    *,
+    target: Literal["peft", "vllm", "gguf"] = "peft",
+    names: Names = None,
+    tied: Mapping[str, str] | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    model_card: str | bool = True,
+    parameter_order: Sequence[str] = PARAMETER_ORDER,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter as a PEFT directory.
+
+    Factors keep their dtype. Ranks, alphas and rsLoRA are those of the adapter's sites; modules that deviate from
+    the usual ones get a pattern of their full name each. A stack of layers becomes one module per layer.
+
+    **Arguments:**
+
+    - `plan_or_config`: with a plan, `target_modules` are the shortest names that no other module of the model
+        has, else full names. Either gives the dropout and `modules_to_save`.
+    - `target`: who will read it. `"vllm"` and `"gguf"` fold the scale into B and pad all ranks to the largest.
+    - `names`: a `Naming`, the name of a preset (`"hf-flax"`, `"nnx"`, `"tunix"`, …) or a table of renames.
+    - `tied`: `{head's tensor: table's tensor}` where the adapted embedding is the output head as well; the head
+        gets the same adapter, transposed.
+    - `task_type`: PEFT's, e.g. `"CAUSAL_LM"`, `"SEQ_CLS"`.
+    - `model_card`: True writes one, a string is written as it is, False writes none.
+    - `parameter_order`: order in which a torch module registers parameters that are adapted as `target_parameters`.
+    - `overwrite`: replace an adapter that is there. Other files in the directory stay.
+
+    **Returns:** the directory.
+
+    **Raises:** `FileExistsError` if the directory is there and not empty; `ValueError` for sites that have no
+    name or no form in PEFT, or that `target` cannot read, all in one message. Nothing is written then.
+    """
+    directory = Path(directory)
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"`adapter` must be an Adapter, got {type(adapter).__name__}: it knows ranks and roles.")
+    if not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} is there and not empty; pass `overwrite=True` to replace its adapter.")
+    plan = plan_or_config if isinstance(plan_or_config, Plan) else None
+    config = plan_or_config.config if isinstance(plan_or_config, Plan) else plan_or_config
+    naming = as_naming(names)
+    placed = places(adapter.sites, naming, tied, plan and [row.path for row in plan.rows])
+    full = _full_tensors(adapter, naming)
+    full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full))
+    conv1d = fan_in_fan_out(adapter.sites, naming)
+    refuse(target, placed, full_modules, conv1d)
+    modules = _modules(adapter, placed)
+    if target != "peft":
+        modules = bake(modules)
+    data = adapter_config(
+        modules,
+        full_modules,
+        config,
+        None if plan is None else _others(plan, adapter.sites, naming),
+        task_type=task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        fan_in_fan_out=conv1d,
+    )
+    keys = keys_of(placed, parameter_order)
+    tensors = {PREFIX + name: value for name, value in full.items()}
+    for module in modules:
+        key_a, key_b = keys[module.name]
+        tensors[key_a], tensors[key_b] = module.factors.a, module.factors.b
+    card = model_card
+    if card is True:
+        count = sum(int(np.prod(value.shape)) for value in tensors.values())
+        card = make_card(data, target=target, modules=len(modules), parameters=count)
+    return _write(directory, data, tensors, card or None)
+
+
+def target_names(sites: Plan | Sequence[Site], names: Names = None) -> dict[str, tuple[str, ...]]:
+    """The torch modules of each adapted parameter, by the parameter's dotted name.
+
+    >>> target_names(plan)  # doctest: +SKIP
+    {'layers.attn.q.kernel': ('layers.0.attn.q', 'layers.1.attn.q')}
+    """
+    sites = sites.sites if isinstance(sites, Plan) else tuple(sites)
+    return {place.site.name: place.names for place in places(sites, as_naming(names))}
+
+
+def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
+    out = []
+    for place in placed:
+        a, b = (convert(x, "numpy") for x in adapter.factors(place.site))
+        for name, factors in to_modules(place, a, b).items():
+            out.append(module_of(place, name, factors))
+            out += [module_of(place, head, tied_factors(factors)) for head in place.heads]
+    return out
+
+
+def _full_tensors(adapter: Adapter, naming: Any) -> dict[str, np.ndarray]:
+    """Tensors of what is trained in full, by torch name."""
+    values = {site.path: convert(adapter.leaf(site.path), "numpy") for site in adapter.sites if site.is_full}
+    out: dict[str, np.ndarray] = {}
+    for entry in full_entries(adapter.sites, naming, values):
+        if entry.part is not None:
+            raise ValueError(f"`{entry.leaf}` is only a part of `{entry.names[0]}`, which PEFT saves as a whole.")
+        out |= zip(entry.names, entry.layout.to_torch(entry.leaf.value, ops_of("numpy")), strict=True)
+    return out
+
+
+def _others(plan: Plan, sites: Sequence[Site], naming: Any) -> list[str]:
+    """Torch modules of the parameters that are not adapted. Stacked ones stand once, with `{i}` for the index."""
+    adapted = {site.path for site in sites}
+    naming = with_stacks(sites, naming)
+    rows = [row for row in plan.rows if row.path not in adapted]
+    own = {torch_path(site)[:-1] for site in sites if not site.is_full}
+    out = []
+    for row in rows:
+        path = row.path[1:] if row.path[0] == "params" else row.path
+        if path[:-1] not in own:  # the bias of an adapted layer
+            out += [name.rpartition(".")[0] for name in naming.target(path, len(row.shape)).names]
+    return [name for name in dict.fromkeys(out) if name]
+
+
+def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str | None) -> Path:
+    """Everything goes to a folder beside `directory` first. A new directory appears whole; an old one loses its
+    configuration first and gets the new one last, so that it is never an adapter of two halves."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; name a directory.")
+    work = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    work.mkdir(parents=True)
+    try:
+        # save_file writes the raw memory of an array that is not contiguous.
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, work / TENSOR_FILE, {"format": "pt"})
+        if card is not None:
+            (work / CARD_FILE).write_text(card, encoding="utf-8")
+        (work / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if directory.is_dir() and any(directory.iterdir()):
+            (directory / CONFIG_FILE).unlink(missing_ok=True)
+            for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
+                if (work / name).exists():
+                    os.replace(work / name, directory / name)
+        else:
+            os.replace(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return directory

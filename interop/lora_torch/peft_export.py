@@ -1,0 +1,182 @@
+"""What each reader of PEFT directories can take: tensors and configuration of one export.
+
+peft    everything, with scales in the configuration (PEFT, transformers)
+vllm    2-D factors only, one rank, scale 1: the scale is folded into B
+gguf    as vllm, for llama.cpp's `convert_lora_to_gguf.py`, which knows one alpha and no rsLoRA
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_jax.config import LoRAConfig
+from lora_jax.peft_config import plain_number, to_peft
+from lora_jax.targets import saved_by
+
+from .peft_tensors import Factors, Placement
+
+TARGETS = ("peft", "vllm", "gguf")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted torch module of an export; `name` includes the parameter for kind `"parameter"`."""
+
+    name: str
+    kind: str
+    factors: Factors
+    alpha: float
+    rslora: bool
+
+
+def module_of(place: Placement, name: str, factors: Factors) -> Module:
+    """A module of `place`; block structures have a larger rank than the site, and alpha grows with it."""
+    site = place.site
+    grown = factors.rank / site.rank
+    alpha = site.alpha * (grown**0.5 if site.rslora else grown) if grown != 1 else site.alpha
+    return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora)
+
+
+def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d: bool) -> None:
+    """Raises a `ValueError` listing everything that `target` cannot read, each with the reason."""
+    if target not in TARGETS:
+        raise ValueError(f"`target={target!r}` is unknown; use one of {', '.join(map(repr, TARGETS))}.")
+    if target == "peft":
+        return
+    reader = {"vllm": "vLLM", "gguf": "llama.cpp's convert_lora_to_gguf.py"}[target]
+    problems = [f"{name}: {reader} takes no modules trained in full" for name in full]
+    for place in places:
+        names = ", ".join(place.names)
+        if place.kind == "conv":
+            problems.append(f"{names}: {reader} takes 2-D factors only, not those of a convolution")
+        if place.kind == "parameter":
+            problems.append(f"{names}: {reader} does not read adapters of raw parameters; name per-expert modules")
+        if place.heads:
+            problems.append(f"{', '.join(place.heads)}: {reader} takes no adapter for a head tied to the embedding")
+    if target == "gguf" and conv1d:
+        problems.append(
+            "fan_in_fan_out: llama.cpp transposes the factors of GPT-2's Conv1D layers along with their weights, "
+            "although PEFT stores them untransposed"
+        )
+    if problems:
+        raise ValueError(f"this adapter cannot be exported for {target!r}:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def bake(modules: Sequence[Module]) -> list[Module]:
+    """Modules of one rank, padded with zeros, and of scale one: B holds s·B, rounded once to its dtype."""
+    rank = max((m.factors.rank for m in modules), default=1)
+    out = []
+    for m in modules:
+        a, b = m.factors.a, m.factors.b
+        missing = rank - m.factors.rank
+        b = (b.astype(np.float64) * m.factors.scale).astype(b.dtype)
+        a, b = np.pad(a, [(0, missing), (0, 0)]), np.pad(b, [(0, 0), (0, missing)])
+        factors = Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), 1.0)
+        out.append(replace(m, factors=factors, alpha=float(rank), rslora=False))
+    return out
+
+
+def adapter_config(
+    modules: Sequence[Module],
+    full: Sequence[str],
+    config: LoRAConfig | None,
+    others: Sequence[str] | None,
+    *,
+    task_type: str | None,
+    base_model_name_or_path: str | None,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    """The `adapter_config.json` that makes PEFT compute what these modules do.
+
+    **Arguments:** `full`, module names of what is trained in full; `others`, the model's modules that are not
+    adapted, which no target may match; None if they are not known, and targets are full names.
+    """
+    ranks = {m.name: m.factors.rank for m in modules}
+    mixed = len({m.rslora for m in modules}) > 1
+    rslora = bool(modules) and modules[0].rslora and not mixed
+    alphas = {m.name: m.factors.scale * m.factors.rank if mixed else m.alpha for m in modules}
+    rank = _usual(ranks.values(), config.rank if config else None, 8)
+    alpha = _usual(alphas.values(), config.alpha if config else None, 16)
+    plain = [m.name for m in modules if m.kind != "parameter"]
+    parameters = [m.name for m in modules if m.kind == "parameter"]
+    targets = sorted(plain) if others is None else shortest_names(plain, [*others, *full])
+    stated = LoRAConfig(
+        rank=int(rank),
+        alpha=alpha,
+        target_modules=targets or parameters or full,
+        rank_pattern=_deviating(ranks, rank),
+        alpha_pattern=_deviating({n: plain_number(a) for n, a in alphas.items()}, alpha),
+        modules_to_save=_saved(full, config, [*plain, *(others or ())]),
+        use_rslora=rslora,
+        dropout=config.dropout if config and not parameters else 0.0,  # PEFT refuses dropout on parameters
+    )
+    out = to_peft(
+        stated,
+        task_type=task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        fan_in_fan_out=fan_in_fan_out,
+        trained=True,
+    )
+    out["target_modules"] = targets
+    if parameters:
+        out["target_parameters"] = sorted(parameters)
+    return out
+
+
+def shortest_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The shortest ends of `names` that no other module has, as PEFT matches them: `q_proj`, not 64 full names.
+
+    Containers of modules count as others, and a bare index such as `0` is no end.
+    """
+    containers = {prefix for name in (*names, *others) for prefix in _prefixes(name)[:-1]}
+    taken = {end for other in {*others, *containers} - set(names) for end in _ends(other)}
+    return sorted({next((end for end in _ends(name) if end not in taken), name) for name in names})
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1) if not parts[-n].isdigit()]
+
+
+def _usual(values: Any, preferred: float | None, default: float) -> float:
+    found = Counter(values)
+    if not found:
+        return default if preferred is None else preferred
+    return preferred if preferred is not None and preferred in found else found.most_common(1)[0][0]
+
+
+def _deviating(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
+    """One pattern for each module that deviates, which no other module of another value can match.
+
+    PEFT tries patterns in the order of the file, which is sorted by key: patterns that overlap are a trap.
+    """
+    out = {}
+    for name, value in values.items():
+        if value != usual:
+            clash = any(v != value and re.match(rf"(.*\.)?({name})$", n) for n, v in values.items())
+            out[f"^{re.escape(name)}" if clash else name] = value
+    return out
+
+
+def _saved(full: Sequence[str], config: LoRAConfig | None, others: Sequence[str]) -> list[str]:
+    """Entries of `modules_to_save`: the configuration's where they name exactly `full`, else the full names.
+
+    PEFT compares without a dot boundary: `head` also names `nohead`.
+    """
+    entries = tuple(config.modules_to_save) if config else ()
+    if full and entries and all(saved_by((*name.split("."), "weight"), entries) for name in full):
+        ends = {part for other in others for part in _prefixes(other)}
+        if not any(end.endswith(entry) for end in ends for entry in entries):
+            return sorted(entries)
+    return sorted(full)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]

@@ -1,0 +1,252 @@
+"""Adapters from Hugging Face PEFT directories; see `peft_dir` for the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters import Adapter
+from lora_jax.planning import Plan
+from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.tracing import flatten_params
+
+from .arrays import convert, ops_of
+from .naming import Naming, nearest
+from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
+from .peft_read import AdapterFile, read_sorted, scaling
+from .peft_tensors import Factors, Joined, Placement, from_modules
+from .peft_tensors import tied as tied_factors
+from .problems import Problems
+from .resolve import Entry, resolve
+from .trees import Leaf
+
+# Alphas that went through a change of rank and back agree to rounding only.
+_SAME_ALPHA = 1e-9
+
+
+def load_peft(
+    directory: str | Path,
+    plan_or_sites: Plan | Sequence[Site],
+    *,
+    names: Names = None,
+    tied: Mapping[str, str] | None = None,
+    params: Any = None,
+    dtype: Any = None,
+    parameter_order: Sequence[str] = PARAMETER_ORDER,
+) -> Adapter:
+    """The adapter in a PEFT directory.
+
+    Ranks come from the tensors, alphas from the configuration.
+
+    - With a **plan** they must be the plan's, since `lora_jax.apply` computes with the plan's ranks and scales;
+      `plan_peft` makes the plan that fits. Factors take the plan's dtype.
+    - With **sites** the returned adapter's sites carry the file's rank, alpha and rsLoRA: enough for
+      `lora_jax.merge`. Factors keep the file's dtype.
+
+    Layers of unequal rank that are stacked here are padded with zeros; unequal scales in one stack are folded
+    into B. A fused kernel whose torch modules have different A gets the sum of their ranks.
+
+    **Arguments:**
+
+    - `names`, `tied`, `parameter_order`: as in `save_peft`.
+    - `params`: the base's parameters. PEFT stores the base weight beside the factors of a targeted embedding; with
+        `params` it is compared and must be equal, without it such a file is refused.
+    - `dtype`: of the factors, whatever else is said above.
+
+    **Raises:** `FileNotFoundError`, or one `ValueError` listing every key that is unknown, missing, misshapen or
+    would overwrite the base, every module the plan lacks, and every rank or alpha that differs from the plan's.
+    """
+    fixed = isinstance(plan_or_sites, Plan)
+    sites = plan_or_sites.sites if isinstance(plan_or_sites, Plan) else tuple(plan_or_sites)
+    if dtype is None and isinstance(plan_or_sites, Plan):
+        dtype = plan_or_sites.config.dtype
+    file = read_sorted(directory)
+    found, leaves = read_sites(file, sites, as_naming(names), tied, params, parameter_order)
+    if fixed:
+        _must_agree(file, sites, found)
+        found = sites
+    return Adapter.from_leaves({path: _as_jax(x, dtype) for path, x in leaves.items()}, found)
+
+
+def read_sites(
+    file: AdapterFile,
+    sites: Sequence[Site],
+    naming: Naming,
+    tied: Mapping[str, str] | None = None,
+    params: Any = None,
+    parameter_order: Sequence[str] = PARAMETER_ORDER,
+) -> tuple[tuple[Site, ...], dict[tuple[str, ...], np.ndarray]]:
+    """The sites as the file has them, and all leaves, in numpy. **Raises** as `load_peft`."""
+    placed = places(sites, naming, tied)
+    keys = keys_of(placed, parameter_order)
+    shapes = {site.path: np.empty(site.shape, site.dtype) for site in sites if site.is_full}
+    entries = full_entries(sites, naming, shapes)
+    _match_names(file, placed, keys, entries)
+    _check_bases(file, sites, naming, params)
+    joined = {place.site.path: _join(file, place, keys) for place in placed}
+    file.raise_if_any()
+    whole = {entry.leaf.path: entry for entry in entries}
+    new: list[Site] = []
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    for site in sites:
+        if site.is_full:
+            entry = whole[torch_path(site)]
+            new.append(site)
+            pieces = [file.full[name] for name in entry.names]
+            leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy")).astype(site.dtype)
+        else:
+            factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
+            new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
+            leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = factors.a, factors.b
+    return tuple(new), leaves
+
+
+def _match_names(
+    file: AdapterFile, placed: Sequence[Placement], keys: Mapping[str, tuple[str, str]], entries: Sequence[Entry]
+) -> None:
+    """Notes modules and whole tensors that only the file has, or only the sites."""
+    wanted = {_module(a): (name, place) for place in placed for name in _all(place) for a, _ in [keys[name]]}
+    for module in wanted:
+        if module not in file.pairs:
+            file.problems.append(f"missing: {PREFIX}{module}, for `{wanted[module][1].site.name}`")
+    for module in file.pairs:
+        if module not in wanted:
+            file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{nearest(module, wanted)}")
+    full = {name: entry for entry in entries for name in entry.names}
+    for name, entry in full.items():
+        if name not in file.full:
+            file.problems.append(f"missing: {PREFIX}{name}, for `{entry.leaf}`, which is trained in full")
+        elif file.full[name].shape != entry.layout.torch_shape:
+            file.problems.append(f"{PREFIX}{name} is {file.full[name].shape}, expected {entry.layout.torch_shape}")
+    for name in file.full:
+        if name not in full:
+            file.problems.append(
+                f"unexpected: {PREFIX}{name} is a whole tensor; plan with its module in `modules_to_save`"
+            )
+
+
+def _join(file: AdapterFile, place: Placement, keys: Mapping[str, tuple[str, str]]) -> tuple[Joined, float] | None:
+    """The factors of one site and its alpha, or None with the reason among the problems."""
+    modules: dict[str, Factors] = {}
+    alphas: dict[str, float] = {}
+    count = math.prod(atom.size for atom in place.experts)
+    for name in _all(place):
+        module = _module(keys[name][0])
+        pair = file.pairs.get(module, {})
+        if set(pair) != {"A", "B"}:
+            continue  # noted already
+        a, b = pair["A"], pair["B"]
+        if (module in file.embeddings) != (place.kind == "embedding" and name not in place.heads):
+            file.problems.append(f"{module}: an embedding's factors, or a linear layer's, where the other is due")
+            continue
+        want_a, want_b = (place.a_rest, (place.out_size,)) if name not in place.heads else (
+            (place.out_size,), place.a_rest)  # fmt: skip
+        rank, part = a.shape[0] // count, a.shape[0] // place.groups
+        window = (1,) * (len(place.a_rest) - 1) if place.kind == "conv" else ()
+        if a.shape != (rank * count, *want_a) or b.shape != (*want_b, part, *window) or rank == 0:
+            file.problems.append(
+                f"{module}: lora_A {a.shape}, lora_B {b.shape} do not fit `{place.site.name}` {place.site.shape}, "
+                f"which takes (r{f'*{count}' if count > 1 else ''}, {', '.join(map(str, want_a))}) and "
+                f"({', '.join(map(str, want_b))}, r)"
+            )
+            continue
+        try:
+            alphas[name], scale = scaling(file.config, name, rank)
+            modules[name] = Factors(a, b, scale, count)
+        except ValueError as error:
+            file.problems.append(str(error))
+    if set(modules) != set(_all(place)):
+        return None
+    for table, head in zip(place.names, place.heads, strict=False):
+        other = tied_factors(modules[head])
+        if not _same_product(modules[table], other):
+            file.problems.append(f"{table} and {head} are one weight here, but the file adapts them differently")
+            return None
+    try:
+        joined = from_modules(place, {name: modules[name] for name in place.names})
+    except ValueError as error:
+        file.problems.append(str(error))
+        return None
+    own = {(alphas[name], modules[name].rank) for name in place.names}
+    if len(own) == 1 and own == {(alphas[place.names[0]], joined.rank)}:
+        return joined, alphas[place.names[0]]
+    alpha = joined.scale * (math.sqrt(joined.rank) if file.config.get("use_rslora") else joined.rank)
+    return joined, place.site.alpha if math.isclose(alpha, place.site.alpha, rel_tol=_SAME_ALPHA) else alpha
+
+
+def _same_product(one: Factors, other: Factors) -> bool:
+    """Whether two pairs are equal, or equal up to how they are factored."""
+    if one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b):
+        return True
+    left, right = (f.scale * f.b.astype(np.float64) @ f.a.astype(np.float64) for f in (one, other))
+    return np.array_equal(left, right)
+
+
+def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, params: Any) -> None:
+    """PEFT stores a targeted embedding's own weight: it must be the base's, since nothing here replaces it."""
+    if not file.bases:
+        return
+    if params is None:
+        file.problems += [
+            f"{PREFIX}{module}.base_layer.weight is the base's weight, which PEFT stores beside a targeted embedding: "
+            "pass `params=` to have it compared"
+            for module in file.bases
+        ]
+        return
+    naming = with_stacks(sites, naming)
+    shapes = {f"{module}.weight": value.shape for module, value in file.bases.items()}
+    paths, values, _ = flatten_params(params)
+    by_name: dict[str, np.ndarray] = {}
+    for path, value in zip(paths, values, strict=True):
+        path = path[1:] if path[0] == "params" else path
+        if any(name in shapes for name in naming.target(path, value.ndim).names):
+            leaf = Leaf(path, value, tuple(value.shape), np.dtype(value.dtype))
+            for entry in resolve([leaf], naming, shapes, Problems()):
+                pieces = entry.layout.to_torch(convert(value, "numpy"), ops_of("numpy"))
+                by_name |= zip(entry.names, pieces, strict=True)
+    for module, stored in file.bases.items():
+        ours = by_name.get(f"{module}.weight")
+        if ours is None:
+            continue  # a head tied to the embedding has no parameter of its own, and is compared there
+        if ours.shape != stored.shape or not np.array_equal(ours.astype(stored.dtype), stored):
+            file.problems.append(
+                f"{PREFIX}{module}.base_layer.weight {stored.shape} is not the base's weight {ours.shape}: the adapter "
+                "was trained on another base, or its vocabulary was changed"
+            )
+    if not any(f"{module}.weight" in by_name for module in file.bases):
+        file.problems.append(f"no parameter corresponds to {', '.join(file.bases)}, whose base weight the file holds")
+
+
+def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site]) -> None:
+    for want, have in zip(planned, found, strict=True):
+        if want.is_full:
+            continue
+        if want.rank != have.rank or not math.isclose(want.scale, have.scale, rel_tol=_SAME_ALPHA):
+            file.problems.append(
+                f"`{want.name}`: the file has {_settings(have)}, the plan {_settings(want)}. Make the plan with "
+                "`plan_peft`, or pass `plan.sites` for an adapter to merge"
+            )
+    file.raise_if_any()
+
+
+def _settings(site: Site) -> str:
+    return f"rank {site.rank}, alpha {site.alpha:g}{' with rsLoRA' if site.rslora else ''}"
+
+
+def _as_jax(x: np.ndarray, dtype: Any) -> Any:
+    return jnp.asarray(x if dtype is None else x.astype(jnp.dtype(dtype)))
+
+
+def _all(place: Placement) -> tuple[str, ...]:
+    return (*place.names, *place.heads)
+
+
+def _module(key: str) -> str:
+    return key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")

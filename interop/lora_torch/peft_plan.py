@@ -1,0 +1,120 @@
+"""Plans and configurations from a PEFT directory."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.config import LoRAConfig
+from lora_jax.peft_config import from_peft, without_init
+from lora_jax.planning import Plan, plan
+from lora_jax.sites import Site
+from lora_jax.targets import ROUTERS
+
+from .naming import Naming
+from .peft_keys import PARAMETER_ORDER
+from .peft_load import read_sites
+from .peft_names import Names, as_naming, place_each, with_stacks
+from .peft_read import AdapterFile, read_sorted
+from .peft_tensors import Placement
+
+
+def config_for(directory: str | Path) -> LoRAConfig:
+    """The `LoRAConfig` of a PEFT directory: what `from_peft` makes of its configuration.
+
+    Of `modules_to_save` only what the file has tensors for is kept: PEFT writes both `classifier` and `score` for
+    every sequence classifier. Names of targets are PyTorch's. Where the Flax model's differ by more than `layers_0`
+    for `layers.0`, or it stacks layers, use `plan_peft`.
+
+    **Raises:** as `read_peft` and `from_peft`.
+    """
+    file = read_sorted(directory)
+    file.raise_if_any()
+    data = without_init(file.config)
+    modules = {name.rpartition(".")[0] for name in file.full}
+    kept = [e for e in data.get("modules_to_save") or () if any(_names(e, m) for m in modules)]
+    data["modules_to_save"] = [*kept, *sorted(m for m in modules if not any(_names(e, m) for e in kept))]
+    return from_peft(data)
+
+
+def plan_peft(
+    directory: str | Path,
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    names: Names = None,
+    tied: Mapping[str, str] | None = None,
+    parameter_order: Sequence[str] = PARAMETER_ORDER,
+    dtype: Any = "float32",
+    axis_roles: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """The plan that adapts in `fn(params, *args, **kwargs)` exactly what a PEFT directory adapts.
+
+    Which parameters, ranks and alphas is read from the tensors, through the name table; dropout and rsLoRA from the
+    configuration. `load_peft(directory, plan, ...)` with the same `names` and `tied` then fits.
+
+    **Arguments:** `fn`, `params`, `args`, `kwargs`, `axis_roles` as in `lora_jax.plan`; `names`, `tied`,
+    `parameter_order` as in `save_peft`; `dtype` of the factors.
+
+    **Raises:** `ValueError` as `load_peft`; among others for modules of the file that the model does not have.
+    """
+    file = read_sorted(directory)
+    naming = as_naming(names)
+    # Everything that can be adapted, routers included (a pattern must spell those out); then what the file has.
+    everything = LoRAConfig(target_modules=f".*|{'|'.join(sorted(ROUTERS))}", rank=1, alpha=1)
+    broad = plan(fn, params, *args, config=everything, axis_roles=axis_roles, **kwargs)
+    found = place_each(broad.sites, naming)
+    chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
+    own = {site.path for site in chosen}
+    naming = with_stacks(broad.sites, naming)
+    full = [
+        Site(row.path, row.shape, row.dtype, "full")
+        for row in broad.rows
+        if row.path not in own and _is_full(file, row.path, row.shape, naming)
+    ]
+    if not chosen:
+        file.problems.append(
+            f"none of the modules is in the model, whose own are called "
+            f"{', '.join(p.names[0] for p in list(found.values())[:3] if isinstance(p, Placement))}, …: say the names, "
+            "`names=…`"
+        )
+        file.raise_if_any()
+    # Without `params`: the base weights beside an embedding's factors are `load_peft`'s to compare.
+    file.bases.clear()
+    sites, _ = read_sites(file, [*chosen, *full], naming, tied, None, parameter_order)
+    adapted = [site for site in sites if not site.is_full]
+    rank, alpha = (Counter(getattr(s, x) for s in adapted).most_common(1)[0][0] for x in ("rank", "alpha"))
+    config = LoRAConfig(
+        rank=rank,
+        alpha=alpha,
+        target_modules="|".join(re.escape(site.name) for site in adapted),
+        rank_pattern={f"^{re.escape(s.name)}": s.rank for s in adapted if s.rank != rank},
+        alpha_pattern={f"^{re.escape(s.name)}": s.alpha for s in adapted if s.alpha != alpha},
+        modules_to_save=sorted({site.module for site in full}),
+        use_rslora=bool(file.config.get("use_rslora")),
+        dropout=file.config.get("lora_dropout") or 0.0,
+        dtype=dtype,
+    )
+    return plan(fn, params, *args, config=config, axis_roles=axis_roles, **kwargs)
+
+
+def _names(entry: str, module: str) -> bool:
+    """Whether an entry of `modules_to_save` names a module or one it lies in, on whole parts."""
+    return re.search(rf"(^|\.){re.escape(entry)}($|\.)", module) is not None
+
+
+def _in_file(file: AdapterFile, place: Placement) -> bool:
+    if place.kind != "parameter":
+        return any(name in file.pairs for name in place.names)
+    entries = file.config.get("target_parameters") or ()
+    return any(name == e or name.endswith(f".{e}") for name in place.names for e in entries)
+
+
+def _is_full(file: AdapterFile, path: tuple[str, ...], shape: tuple[int, ...], naming: Naming) -> bool:
+    path = path[1:] if path[0] == "params" and len(path) > 1 else path
+    patterns = [re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(name)) for name in naming.target(path, len(shape)).names]
+    return any(re.fullmatch(pattern, name) for pattern in patterns for name in file.full)

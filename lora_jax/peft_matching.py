@@ -1,0 +1,70 @@
+"""PEFT's rules of which module a configuration names, for judging files that PEFT wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.peft_config import TASK_HEADS
+
+
+def is_target(data: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT adapts a module of this dotted name, by `target_modules` and what restricts it.
+
+    True if the targets cannot be told from names: missing (PEFT chooses by model type) or `"all-linear"`.
+
+    **Source:** PEFT 0.21, `check_target_module_exists`: what is saved or excluded goes first, a string is a full
+    match, a list matches names or their ends, and only an end is filtered by layer.
+    """
+    targets = data.get("target_modules")
+    saved = [*(data.get("modules_to_save") or ()), *TASK_HEADS.get(str(data.get("task_type") or ""), ())]
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in saved):
+        return False
+    if _named(data.get("exclude_modules") or (), module):
+        return False
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return True
+    if not _named(targets, module):
+        return False
+    return isinstance(targets, str) or module in targets or _in_layers(data, module)
+
+
+def pattern_values(pattern: Mapping[str, Any] | None, name: str) -> list[Any]:
+    """The values whose keys match the end of `name`. PEFT takes the first, in an order that saving changes."""
+    return [value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)]
+
+
+def _named(names: Any, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(data: Mapping[str, Any], module: str) -> bool:
+    layers, lists = data.get("layers_to_transform"), data.get("layers_pattern") or ()
+    if layers is None or layers == []:
+        return True
+    lists = (lists,) if isinstance(lists, str) else lists
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in lists] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((hit for pattern in patterns if (hit := re.match(pattern, module))), None)
+    return found is not None and int(found.group(1)) in ([layers] if isinstance(layers, int) else layers)
+
+
+def bad_patterns(data: Mapping[str, Any]) -> list[str]:
+    """What in `data` PEFT would use as a regular expression and is none, one description each."""
+    texts = [data[key] for key in ("target_modules", "exclude_modules") if isinstance(data.get(key), str)]
+    lists = data.get("layers_pattern") or ()
+    texts += [lists] if isinstance(lists, str) else lists
+    texts += [
+        *(data.get("modules_to_save") or ()),
+        *(data.get("rank_pattern") or ()),
+        *(data.get("alpha_pattern") or ()),
+    ]
+    out = []
+    for text in texts:
+        try:
+            re.compile(text)
+        except re.error as error:
+            out.append(f"{text!r} is not a regular expression: {error}")
+    return out
