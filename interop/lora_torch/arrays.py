@@ -146,7 +146,20 @@ def shape_dtype(x: Any) -> tuple[tuple[int, ...], np.dtype]:
         raise TypeError(f"expected an array or a jax.ShapeDtypeStruct, got {type(x).__name__}")
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise TypeError("a typed PRNG key is not a parameter and has no PyTorch counterpart")
-    return tuple(x.shape), np.dtype(x.dtype)
+    dtype = np.dtype(x.dtype)
+    if dtype.kind in "OSUMm" or dtype.type is np.void:
+        raise TypeError(f"dtype {dtype} holds no numbers")
+    return tuple(x.shape), dtype if dtype.isnative else dtype.newbyteorder("=")
+
+
+def check_values(x: Any) -> None:
+    """**Raises** `TypeError` unless `x` is an array that holds plain dense values."""
+    if kind_of(x) == "torch":
+        if x.device.type == "meta":
+            raise TypeError("a tensor on torch's meta device holds no values; load the weights first")
+        if x.layout != _torch().strided or x.is_quantized:
+            raise TypeError(f"cannot convert a tensor of layout {x.layout}, dtype {x.dtype}; make it dense first")
+    shape_dtype(x)
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
@@ -168,9 +181,12 @@ def torch_dtype(dtype: np.dtype) -> Any:
 
 def convert(x: Any, kind: Kind) -> Any:
     """`x` as an array of `kind`, sharing memory where the table in this module's docstring says so."""
+    check_values(x)
     source = kind_of(x)
+    if source == "numpy":
+        x = np.asarray(x, shape_dtype(x)[1])  # in this machine's byte order, which the others take for granted
     if source == kind:
-        return x.detach() if kind == "torch" else np.asarray(x) if kind == "numpy" else x
+        return x.detach() if kind == "torch" else x
     if source == "jax" and kind == "torch" and _can_share_jax(x):
         return _torch().from_dlpack(x)
     if source == "torch" and kind == "jax" and _can_share_torch(x):
@@ -198,10 +214,6 @@ def _torch() -> Any:
 def _to_numpy(x: Any, source: Kind) -> np.ndarray:
     if source == "torch":
         torch = _torch()
-        if x.device.type == "meta":
-            raise TypeError("a tensor on torch's meta device holds no values; load the weights first")
-        if x.layout != torch.strided or x.is_quantized:
-            raise TypeError(f"cannot convert a tensor of layout {x.layout}, dtype {x.dtype}; make it dense first")
         host, dtype = x.detach().cpu().contiguous(), numpy_dtype(x.dtype)
         if dtype.isbuiltin == 1:
             return host.numpy()
@@ -219,10 +231,8 @@ def _numpy_to_torch(x: np.ndarray) -> Any:
     torch = _torch()
     # A jax array's host view and a read-only memory map must not become a writable tensor.
     x = np.array(x) if not x.flags.writeable or not x.flags.c_contiguous else x
-    if x.dtype.isbuiltin == 1 and x.dtype.byteorder in "=|":
-        return torch.from_numpy(x)
     if x.dtype.isbuiltin == 1:
-        return torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
+        return torch.from_numpy(x)
     return torch.from_numpy(x.view(f"uint{8 * x.dtype.itemsize}")).view(torch_dtype(x.dtype))
 
 
@@ -236,7 +246,7 @@ def _can_share_jax(x: jax.Array) -> bool:
 
 def _can_share_torch(x: Any) -> bool:
     """The tensor lies where jax would put a new array, so sharing it does not move the computation."""
-    if not _crosses_dlpack(numpy_dtype(x.dtype)) or x.layout != _torch().strided:
+    if not _crosses_dlpack(numpy_dtype(x.dtype)):
         return False
     backend = jax.default_backend()
     return x.device.type == "cpu" if backend == "cpu" else x.device.type == "cuda" and backend in ("gpu", "cuda")

@@ -44,7 +44,7 @@ def resolve(leaves: Sequence[Leaf], naming: Naming, shapes: Shapes | None, probl
             other = owners.setdefault((name, entry.part), ".".join(leaf.path))
             if other != ".".join(leaf.path):
                 problems.other.append(
-                    f"{'.'.join(leaf.path)} and {other} both become {name}; rename one with `names`, or make them "
+                    f"{other} and {'.'.join(leaf.path)} both become {name}; rename one with `names`, or make them "
                     "parts of it with `Rule(part=…)`"
                 )
     return entries

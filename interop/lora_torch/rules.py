@@ -46,7 +46,7 @@ class Rule:
             raise ValueError(f"rule {self.match!r}: several names in `to` need a layout that splits the array")
         for layout in self.parsed:
             listed = [axis for axis in layout.split if not all(f"{{{axis}}}" in to for to in self.targets)]
-            if (self.targets or layout.split) and len(listed) != isinstance(self.to, tuple):
+            if self.targets and len(listed) != isinstance(self.to, tuple):
                 raise ValueError(
                     f"rule {self.match!r}: layout '{layout.spec}' splits the axes {list(layout.split)}, which "
                     f"to={self.to!r} does not name; number an axis as '{{axis}}', or list one axis in a tuple"
@@ -106,7 +106,7 @@ class Target:
         labels = [*STACK_LABELS[: len(self.stack_axes)], *(f"{{{axis}}}" for axis in layout.split)]
         listed = [at for at, label in enumerate(labels) if not all(label in name for name in self.names)]
         counts = [sizes[at] for at in listed]
-        if counts != ([len(self.names)] if len(self.names) > 1 else []):
+        if counts != [len(self.names)] and (counts or len(self.names) > 1):
             what = ", ".join(f"{labels[at]} of length {sizes[at]}" for at in listed) or "no axis"
             raise ValueError(f"{what} left to be told apart by the name(s) {list(self.names)}")
         out: dict[str, tuple[int, ...]] = {}

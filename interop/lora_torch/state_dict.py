@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .arrays import KINDS, Kind, convert, kind_of, ops_of, same_bits, shape_dtype
+from .arrays import KINDS, Kind, check_values, convert, kind_of, ops_of, same_bits, shape_dtype
 from .checks import broken_tie, check_dtypes, check_ties, compare_shapes, hint_ties
 from .naming import Naming, nearest
 from .parts import part_slices, produced_shapes
@@ -191,8 +191,7 @@ def _check_kind(kind: str) -> None:
 
 def _check_array(name: str, value: Any) -> None:
     try:
-        kind_of(value)
-        shape_dtype(value)
+        check_values(value)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
 
