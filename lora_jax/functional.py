@@ -40,7 +40,7 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
     expected = {(name, primitive) for name, primitive, _ in plan.materialised}
 
     def report(w: Virtual, primitive: str) -> None:
-        if (w.kind.name, primitive) not in expected:
+        if not w.is_row and (w.kind.name, primitive) not in expected:
             warnings.warn(
                 f"`{w.kind.name}` {tuple(w.base.shape)} is formed in full by `{primitive}`: right, but slower. "
                 "Plan with arguments like these to see it in the table.",

@@ -27,7 +27,7 @@ def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
     """The layout of a parameter, or the reason why it has none."""
     if len(shape) < 2:
         return "a vector"
-    uses = sorted(record.uses, key=lambda use: use.op != "embedding")  # a table's lookup names its sides
+    uses = sorted(record.uses, key=_names_sides)
     reasons = []
     for use in uses:
         layout = _from_use(use, shape)
@@ -39,6 +39,12 @@ def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
     if record.dense:
         return f"never contracted (used by {', '.join(sorted({d.primitive for d in record.dense}))})"
     return "never used"
+
+
+def _names_sides(use: Use) -> int:
+    """Sort key. A table's lookup names its sides; one that picks whole matrices says little about them."""
+    row = [atom.axis for atom, role in use.roles if role == "o"]
+    return 1 if use.op != "embedding" else 0 if len(set(row)) == 1 else 2
 
 
 def stated_layout(roles: str, shape: tuple[int, ...], op: str = "linear") -> Layout:

@@ -134,6 +134,7 @@ def plan(
         for site in sites
         if not site.is_full
         for dense in records[site.path].dense
+        if not (dense.lookup and site.op == "embedding")
     )
     if formed and materialise == "error":
         lines = "; ".join(f"`{name}` {shape} by `{primitive}`" for name, primitive, shape in formed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.rules import rule
-from lora_jax.weights.lookup import single_axis
+from lora_jax.weights.lookup import picks_of
 from lora_jax.weights.virtual import DotGeneral, Virtual, is_virtual
 
 
@@ -96,8 +96,7 @@ def ragged_dot(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | No
 @rule("gather")
 def gather(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     w, indices = ins
-    axis = single_axis(eqn)
-    if is_virtual(indices) or not is_virtual(w) or axis is None or len(w.dims[axis]) != 1:
+    picks = picks_of(eqn)
+    if is_virtual(indices) or not is_virtual(w) or not picks or any(len(w.dims[d]) != 1 for d in picks):
         return None
-    out = w.kind.gather(w, axis, indices, eqn)
-    return None if out is None else [out]
+    return [w.kind.gather(w, picks, indices, eqn)]

@@ -166,6 +166,23 @@ def split(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     return out
 
 
+@rule("unstack")
+def unstack(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """`split` into pieces of one, squeezed; jax >= 0.12 iterates over an array this way."""
+    w, axis = ins[0], eqn.params["axis"]
+    if len(w.dims[axis]) != 1:
+        return None
+    out = []
+    for i, base in enumerate(_compat.bind(eqn, [w.base])):
+
+        def cut(x: Any, d: int, i=i) -> Any:
+            return lax.slice_in_dim(x, i, i + 1, axis=d)
+
+        row = w.sliced(lax.expand_dims(base, (axis,)), w.dims[axis][0], 1, cut)
+        out.append(row.without_dims(base, (axis,)))
+    return out
+
+
 @rule("rev")
 def flip(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     """A transposed convolution flips its kernel."""

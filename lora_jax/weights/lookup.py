@@ -1,8 +1,8 @@
-"""Gathers along one axis of a weight: embedding lookups and stacks indexed by arrays."""
+"""Gathers that pick positions on some axes of a weight: embedding lookups and stacks indexed by arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -11,18 +11,26 @@ from jax import lax
 from lora_jax.sites import Atom
 from lora_jax.weights.virtual import Dims, Virtual
 
+# The dimensions that a gather picks from, each with its column of the index array.
+Picks = Mapping[int, int]
 
-def single_axis(eqn: Any) -> int | None:
-    """The one axis a gather indexes while taking all of the others, or None for other gathers."""
+
+def picks_of(eqn: Any) -> Picks | None:
+    """What a gather picks, if it takes single positions on some axes and all of the others; else None."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
-    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
-        return None
     if numbers.operand_batching_dims or numbers.start_indices_batching_dims:
         return None
-    axis = numbers.start_index_map[0]
-    whole = all(size == n for d, (size, n) in enumerate(zip(sizes, shape, strict=True)) if d != axis)
-    return axis if whole and sizes[axis] == 1 else None
+    columns = {d: column for column, d in enumerate(numbers.start_index_map)}
+    whole = [d for d, size in enumerate(sizes) if size == shape[d] and d not in numbers.collapsed_slice_dims]
+    # A whole axis may be indexed too (a batched dynamic_slice does it): its start is clamped to 0, where it is clamped.
+    clamps = eqn.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if any(d in columns for d in whole) and not clamps:
+        return None
+    picked = [d for d in range(len(shape)) if d not in whole]
+    if not picked or any(sizes[d] != 1 or d not in columns for d in picked):
+        return None
+    return {d: columns[d] for d in picked}
 
 
 def batch_atoms(atom: Atom, eqn: Any) -> tuple[Atom, ...]:
@@ -31,25 +39,27 @@ def batch_atoms(atom: Atom, eqn: Any) -> tuple[Atom, ...]:
     return tuple(Atom(-1 - atom.axis, position + atom.stride * 100, n) for position, n in enumerate(shape))
 
 
-def take_from_factor(
-    array: jax.Array, axis: int, indices: jax.Array, eqn: Any, atom: Atom
-) -> tuple[jax.Array, tuple[Atom, ...]]:
-    """The gather of `eqn` applied to a factor: index dimensions first, then the factor's other axes."""
-    batch = batch_atoms(atom, eqn)
+def take_from_factor(array: jax.Array, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array:
+    """The gather of `eqn` applied to a factor: index dimensions first, then the factor's axes not in `picks`."""
+    batch = indices.ndim - 1
+    axes = tuple(sorted(picks))
     numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(len(batch), len(batch) + array.ndim - 1)),
-        collapsed_slice_dims=(axis,),
-        start_index_map=(axis,),
+        offset_dims=tuple(range(batch, batch + array.ndim - len(axes))),
+        collapsed_slice_dims=axes,
+        start_index_map=axes,
     )
-    sizes = tuple(1 if d == axis else n for d, n in enumerate(array.shape))
-    taken = lax.gather(array, indices, numbers, sizes, mode=eqn.params["mode"], fill_value=eqn.params["fill_value"])
-    return taken, batch
+    columns = [lax.slice_in_dim(indices, picks[d], picks[d] + 1, axis=batch) for d in axes]
+    sizes = tuple(1 if d in picks else n for d, n in enumerate(array.shape))
+    return lax.gather(
+        array, lax.concatenate(columns, batch), numbers, sizes,
+        mode=eqn.params["mode"], fill_value=eqn.params["fill_value"],
+    )  # fmt: skip
 
 
-def rest_of_gather(w: Virtual, dim: int, eqn: Any, batch: tuple[Hashable, ...]) -> Dims:
+def rest_of_gather(w: Virtual, picks: Picks, eqn: Any, batch: tuple[Hashable, ...]) -> Dims:
     """The dimensions of the gather's result in terms of atoms."""
-    offset = eqn.params["dimension_numbers"].offset_dims
-    kept = iter(d for i, d in enumerate(w.dims) if i != dim)
+    numbers = eqn.params["dimension_numbers"]
+    kept = iter(() if d in picks else dim for d, dim in enumerate(w.dims) if d not in numbers.collapsed_slice_dims)
     index = iter(batch)
     rank = eqn.outvars[0].aval.ndim
-    return tuple(next(kept) if d in offset else (next(index),) for d in range(rank))  # type: ignore[misc]
+    return tuple(next(kept) if d in numbers.offset_dims else (next(index),) for d in range(rank))  # type: ignore[misc]

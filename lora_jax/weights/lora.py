@@ -16,7 +16,7 @@ from lora_jax.ops.dropout import dropout
 from lora_jax.ops.low_rank import Contraction, low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
-from lora_jax.weights.lookup import rest_of_gather, take_from_factor
+from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather, take_from_factor
 from lora_jax.weights.virtual import DotGeneral, Virtual
 
 RANK = "rank"
@@ -70,49 +70,46 @@ class Lora:
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
-        if any(len(dim) != 1 for dim in w.dims) or len(w.dims) != 3:
-            return None
-        group, k, n = w.visible
-        if set(a_axes) != {group, k, RANK} or set(b_axes) != {group, RANK, n}:
+        groups, inner, outer = w.dims
+        if {*inner} <= {*b_axes} and {*outer} <= {*a_axes}:  # the other side of the weight is contracted
+            a, a_axes, b, b_axes = b, b_axes, a, a_axes
+        if {*a_axes} != {*groups, *inner, RANK} or {*b_axes} != {*groups, *outer, RANK}:
             return None
         y = _compat.bind(eqn, [x, w.base, sizes])[0]
-        a = reorder(a, a_axes, (group, k, RANK)).astype(x.dtype)
-        b = scaled(reorder(b, b_axes, (group, RANK, n)), self.site.scale, x.dtype)
-        h = lax.ragged_dot(dropout(x, key, self.dropout_rate), a, sizes, preferred_element_type=jnp.float32).astype(
-            x.dtype
-        )
-        return y + lax.ragged_dot(h, b, sizes, preferred_element_type=y.dtype)
+        n_groups, k, n = w.base.shape
+        rank = a.shape[a_axes.index(RANK)]
+        a = reorder(a, a_axes, (*groups, *inner, RANK)).reshape(n_groups, k, rank).astype(x.dtype)
+        b = reorder(b, b_axes, (*groups, RANK, *outer)).reshape(n_groups, rank, n)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        h = lax.ragged_dot(dropout(x, key, self.dropout_rate), a, sizes, preferred_element_type=wide).astype(x.dtype)
+        return y + lax.ragged_dot(h, scaled(b, self.site.scale, x.dtype), sizes, preferred_element_type=y.dtype)
 
-    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> jax.Array | Virtual | None:
+    def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array | Virtual:
         """Rows of an embedding table, or whole matrices of a stack chosen by index."""
         base = _compat.bind(eqn, [w.base, indices])[0]
-        (atom,) = w.dims[dim]
-        picked, batch = {}, ()
-        carriers = w.carriers(atom)
-        for name in carriers:
-            array, axes = w.live_factor(name)
-            picked[name], batch = take_from_factor(array, axes.index(atom), indices, eqn, atom)
-        rest = rest_of_gather(w, dim, eqn, batch)
-        if len(carriers) == 2:  # a stack: the chosen matrices are still a low-rank weight
-            axes = {n: (*batch, *(x for x in w.live_factor(n)[1] if x != atom)) for n in carriers}
+        column = {w.dims[d][0]: c for d, c in picks.items()}
+        batch = batch_atoms(min(column), eqn)
+        rest = rest_of_gather(w, picks, eqn, batch)
+        factors, axes = {}, {}
+        for name in ("a", "b"):
+            array, names = w.live_factor(name)
+            mine = {names.index(atom): c for atom, c in column.items() if atom in names}
+            if mine:
+                array = take_from_factor(array, mine, indices, eqn)
+                names = (*batch, *(n for n in names if n not in column))
+            factors[name], axes[name] = array, names
+        if all(len(w.carriers(atom)) == 2 for atom in column):
+            # A stack: the chosen matrices are still a low-rank weight.
+            gone = tuple((atom, "index") for atom in column)
             return w.replace(
-                base=base, factors=picked, dims=rest, axes=tuple(sorted(axes.items())),
-                dropped=(*w.dropped, (atom, "index")),
-            )  # fmt: skip
-        (name,) = carriers
-        other = "b" if name == "a" else "a"
-        rows_axes = (*batch, *(x for x in w.live_factor(name)[1] if x != atom))
-        table, table_axes = w.live_factor(other)
-        dtype = base.dtype
-        wide = jnp.promote_types(dtype, jnp.float32)
+                base=base, factors=factors, dims=rest, axes=tuple(axes.items()), dropped=(*w.dropped, *gone)
+            )
+        wide = jnp.promote_types(base.dtype, jnp.float32)
         delta = contract(
-            picked[name].astype(wide),
-            rows_axes,
-            table.astype(wide),
-            table_axes,
-            tuple(a for d in rest for a in d),
-        ).reshape(base.shape)
-        return base + (self.site.scale * delta).astype(dtype)
+            factors["a"].astype(wide), axes["a"], factors["b"].astype(wide), axes["b"],
+            tuple(atom for dim in rest for atom in dim),
+        ).reshape(base.shape)  # fmt: skip
+        return base + (self.site.scale * delta).astype(base.dtype)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""

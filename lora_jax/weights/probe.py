@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.sites import Atom
-from lora_jax.weights.lookup import batch_atoms, rest_of_gather
+from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather
 from lora_jax.weights.virtual import DotGeneral, Virtual
 
 # Not add or sub: a bias is added to activations, and is no weight.
@@ -37,10 +37,14 @@ class Use:
 
 @dataclass(frozen=True)
 class Dense:
-    """One place where a parameter has to be formed in full, and the primitive that asked for it."""
+    """One place where a parameter has to be formed in full, and the primitive that asked for it.
+
+    `lookup`: only what an array of indices picked, which is formed by the lookup itself if the parameter is a table.
+    """
 
     primitive: str
     shape: tuple[int, ...]
+    lookup: bool = False
 
 
 @dataclass(eq=False)
@@ -54,9 +58,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Probe:
-    """Kind of a parameter under observation; `record` is compared by identity."""
+    """Kind of a parameter under observation; `record` is compared by identity.
+
+    `formed`: this is a function of the weight, which has been noted as formed in full already.
+    """
 
     record: Record
+    formed: bool = False
 
     @property
     def name(self) -> str:
@@ -69,10 +77,11 @@ class Probe:
         """Notes that `w` was needed as an array: a lookup if it was indexed, else a materialisation."""
         own = tuple(atom for atom in w.visible if atom.axis >= 0)
         indexed = self._indexed(w)
-        if own and indexed:
+        picked = bool(indexed) and any(atom.axis < 0 for atom in w.visible)
+        if own and (picked or w.is_row):
             self._add("embedding", w, {**dict.fromkeys(own, "o"), **dict.fromkeys(indexed, "i")})
-        else:
-            self.record.dense[Dense(primitive, tuple(w.base.shape))] = None
+        if not w.is_row and not self.formed:
+            self.record.dense[Dense(primitive, tuple(w.base.shape), picked)] = None
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array:
         own = [atom for atom in dot.w if atom.axis >= 0]
@@ -97,19 +106,15 @@ class Probe:
         return _result(eqn)
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
-        if len(w.dims) != 3 or any(len(dim) != 1 for dim in w.dims):
-            return None
-        group, k, n = w.visible
-        self._add("experts", w, {group: "l", k: "i", n: "o"})
+        self._add("experts", w, {atom: role for dim, role in zip(w.dims, "lio", strict=True) for atom in dim})
         return _result(eqn)
 
-    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> Virtual:
+    def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> Virtual:
         # Whether this was a lookup or the choice of a matrix is known only when the result is used.
-        (atom,) = w.dims[dim]
-        batch = batch_atoms(atom, eqn)
-        base = _result(eqn)
-        dims = rest_of_gather(w, dim, eqn, batch)
-        return w.replace(base=base, dims=dims, dropped=(*w.dropped, (atom, "index")))
+        atoms = [w.dims[d][0] for d in picks]
+        dims = rest_of_gather(w, picks, eqn, batch_atoms(min(atoms), eqn))
+        gone = tuple((atom, "index") for atom in atoms)
+        return w.replace(base=_result(eqn), dims=dims, dropped=(*w.dropped, *gone))
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base))
@@ -117,7 +122,7 @@ class Probe:
     def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
         """Keeps watching a weight through an elementwise function of it: its axes still mean the same."""
         if eqn.primitive.name in ELEMENTWISE and tuple(outs[0].shape) == tuple(w.base.shape):
-            return [w.replace(base=outs[0])]
+            return [w.replace(base=outs[0], kind=Probe(self.record, formed=True))]
         return outs
 
     def _indexed(self, w: Virtual) -> list[Atom]:

@@ -8,7 +8,7 @@ the business of the `Kind`, which is asked when the weight meets a contraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class Kind(Protocol):
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None: ...
 
-    def gather(self, w: Virtual, dim: int, indices: jax.Array, eqn: Any) -> jax.Array | Virtual | None: ...
+    def gather(self, w: Virtual, picks: Mapping[int, int], indices: jax.Array, eqn: Any) -> jax.Array | Virtual: ...
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual | None: ...
 

@@ -133,6 +133,7 @@ WRITTEN = {
     "index": (lambda w, x: jnp.tanh(x @ w[0]) @ w[1], (2, 6, 6), "lio"),
     "last index": (lambda w, x: jnp.tanh(x @ w[..., 0]) @ w[..., -1], (6, 6, 2), "iol"),
     "two indices": (lambda w, x: x @ w[0, 1] + jnp.sin(x @ w[1, 0]) + x @ w[1, 1] + x @ w[0, 0], (2, 2, 6, 5), "llio"),
+    "jnp.take": (lambda w, x: jnp.tanh(x @ jnp.take(w, 2, axis=0)) @ jnp.take(w, 0, axis=0).T, (3, 6, 5), "lio"),
     "unstack": (lambda w, x: sum(jnp.sin(i + x @ row) for i, row in enumerate(w)), (3, 6, 5), "lio"),
     "columns": (lambda w, x: thirds(w, x, lambda w: (w[:, :4], w[:, 4:8], w[:, 8:])), (6, 12), "io"),
     "rows": (lambda w, x: jnp.tanh(x[:, :2] @ w[:2]) + x[:, 2:] @ w[2:], (6, 5), "io"),
