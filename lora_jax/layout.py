@@ -6,7 +6,7 @@ cheap. The first use decides; a use that contracts the other side (a tied head) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_jax.sites import Atom
 from lora_jax.weights.probe import Record, Use
@@ -21,6 +21,7 @@ class Layout:
     roles: str
     kernel_spec: tuple[int, ...] | None = None
     groups: int = 1
+    tied: bool = False
 
 
 def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
@@ -32,13 +33,24 @@ def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
     for use in uses:
         layout = _from_use(use, shape)
         if isinstance(layout, Layout):
-            return layout
+            return replace(layout, tied=any(_swaps(other, layout) for other in uses))
         reasons.append(layout)
     if reasons:
         return reasons[0]
     if record.dense:
         return f"never contracted (used by {', '.join(sorted({d.primitive for d in record.dense}))})"
     return "never used"
+
+
+def _swaps(use: Use, layout: Layout) -> bool:
+    """Whether a use contracts what the layout keeps, or keeps what it contracts."""
+    sides = list(zip(layout.atoms, layout.roles, strict=True))
+    other = {"i": "o", "o": "i"}
+    return any(
+        other.get(letter) == side and atom.axis == own.axis and len({r for a, r in sides if a.axis == own.axis}) == 1
+        for atom, letter in use.roles
+        for own, side in sides
+    )
 
 
 def _names_sides(use: Use) -> int:

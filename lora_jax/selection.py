@@ -111,7 +111,7 @@ class _Chooser:
         return Site(
             path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), op=layout.op, atoms=layout.atoms,
             roles=layout.roles, rank=int(rank), alpha=float(alpha), rslora=self.config.use_rslora,
-            kernel_spec=layout.kernel_spec, groups=layout.groups,
+            kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied,
         )  # fmt: skip
 
     def check(self, rows: list[Row]) -> None:

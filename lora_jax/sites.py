@@ -45,6 +45,8 @@ class Site:
     - `atoms`, `roles`: the parameter's axes in row-major order and one letter of `l i o` each.
     - `rank`, `alpha`, `rslora`: scale is `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
     - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups.
+    - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
+      as well. The adapter changes both uses; an exporter has to write both.
     """
 
     path: tuple[str, ...]
@@ -58,6 +60,7 @@ class Site:
     rslora: bool = False
     kernel_spec: tuple[int, ...] | None = None
     groups: int = 1
+    tied: bool = False
 
     @property
     def name(self) -> str:
