@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 class Command(NamedTuple):
     target: str  # "module:function"
     help: str
+    defaults: str = ""  # "module:function" from the words of the command line to defaults that depend on them
 
 
+_TASK_DEFAULTS = "lora_jax.cli.training.config:task_defaults"
 COMMANDS: dict[str, Command] = {
+    "train": Command("lora_jax.cli.train:train", "fine-tune a model with LoRA on real text", _TASK_DEFAULTS),
     "inspect": Command("lora_jax.cli.inspect:inspect", "show what a PEFT adapter directory holds, layer by layer"),
     "diff": Command("lora_jax.cli.diff:diff", "compare two PEFT adapter directories, module by module"),
     "merge": Command("lora_jax.cli.merge:merge", "merge a PEFT LoRA adapter into a Hugging Face base directory"),
@@ -70,9 +73,13 @@ def _run(name: str, words: Sequence[str]) -> int:
     from argparse import ArgumentError
     from importlib import import_module
 
-    module, _, attribute = COMMANDS[name].target.partition(":")
-    function = getattr(import_module(module), attribute)
-    parser, call = _parser(name, function)
+    def load(target: str) -> Callable[..., Any]:
+        module, _, attribute = target.partition(":")
+        return getattr(import_module(module), attribute)
+
+    parser, call = _parser(name, load(COMMANDS[name].target))
+    if COMMANDS[name].defaults:
+        parser.set_defaults(load(COMMANDS[name].defaults)(words))
     defaults = dict(parser.get_defaults().items())
     try:
         parsed = parser.parse_args(_normalise(words, defaults))

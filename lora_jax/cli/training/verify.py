@@ -1,0 +1,69 @@
+"""The last word on an export: does torch's own peft, reading only the files, compute what we compute?"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.cli._show import console
+from lora_jax.cli.training.card import CLASSES
+from lora_jax.cli.training.config import TrainConfig
+from lora_jax.cli.training.jobs import Job, len_of
+from lora_jax.cli.training.learners import Learner
+
+NEEDED = ("torch", "transformers", "peft")
+ROWS = 16
+TOLERANCE = 1e-4  # on float32 logits
+# peft ignores keys it does not know. The adapter's own effect must stand far above the allowed difference.
+CLEARLY = 100
+
+
+def verify(config: TrainConfig, job: Job, learner: Learner, adapter: Path, base: Path) -> None:
+    """Reloads the PEFT directory in torch and compares logits on held-out rows; or says how to.
+
+    **Raises:** `ValueError` if they differ, or if the adapter changes nothing. `ImportError` if torch, transformers or
+    peft is missing and `config.verify` is `"always"`.
+    """
+    out = console()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if config.verify == "never" or (missing and config.verify == "auto"):
+        why = f"{', '.join(missing)} not installed" if missing else "verify=never"
+        out.print(f"not reloaded in torch ({why}). To check the export:\n{how_to(job, adapter, base)}")
+        return
+    if missing:
+        raise ImportError(f"verify=always needs {', '.join(missing)}: pip install torch==2.13.0 'lora-jax[torch]'.")
+    from lora_torch.reload import peft_logits
+
+    rows = {name: array[: min(ROWS, len_of(job.held_out))] for name, array in job.held_out.items()}
+    inputs = job.objective.inputs(rows)
+    ours, plain = (np.asarray(learner.logits(inputs, adapted=a), np.float32) for a in (True, False))
+    theirs = peft_logits(adapter, base, job.task_type, *map(np.asarray, inputs), dtype=config.model.dtype)
+    difference, change = (float(np.abs(ours - other).max()) for other in (theirs, plain))
+    out.print(
+        f"reloaded in torch by peft: the largest logit difference is {difference:.2e} "
+        f"(the adapter moves logits by up to {change:.3g})"
+    )
+    # In bfloat16 the two frameworks round differently at every layer.
+    limit = TOLERANCE if config.model.dtype == "float32" else 0.05 * float(jnp.abs(ours).max())
+    if not difference <= limit:
+        raise ValueError(
+            f"torch's peft computes other logits from {adapter}: they differ by {difference:.2e}, more than "
+            f"{limit:.0e}. The export must not be used; please report this."
+        )
+    if not change > CLEARLY * TOLERANCE:
+        raise ValueError(
+            f"the adapter moves no logit by more than {change:.2e}, so its reload proves nothing. Train longer, or "
+            "with a larger optim.lr."
+        )
+
+
+def how_to(job: Job, adapter: Path, base: Path) -> str:
+    """A few lines of torch that load the export."""
+    return (
+        f"  from transformers import {CLASSES[job.task_type]}; from peft import PeftModel\n"
+        f"  model = {CLASSES[job.task_type]}.from_pretrained({str(base)!r})\n"
+        f"  model = PeftModel.from_pretrained(model, {str(adapter)!r})"
+    )
