@@ -8,7 +8,8 @@ Nothing here imports torch before a tensor or `kind="torch"` is met. A move shar
     anything else    one copy through the host
 
 Shared memory is the caller's to respect: a jax array is immutable by contract, so a tensor that shares it must
-not be written in place. `copy=True` on the public functions gives independent arrays.
+not be written in place, and on a GPU jax refuses to donate an array while a tensor shares it ("Donation requested
+for buffer with external reference"). `copy=True` on the public functions gives independent arrays.
 """
 
 from __future__ import annotations

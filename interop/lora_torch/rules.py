@@ -40,6 +40,8 @@ class Rule:
         pattern = Pattern(self.match)
         for target in self.targets:
             pattern.check_target(target)
+        if not self.targets and not self.layouts:
+            raise ValueError(f"rule {self.match!r} states neither a name (`to`) nor a `layout`")
         if self.part is not None and (len(self.targets) != 1 or self.part < 0):
             raise ValueError(f"rule {self.match!r}: `part` counts from 0 and needs one name in `to`")
         if isinstance(self.to, tuple) and not self.layouts:

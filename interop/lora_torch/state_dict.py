@@ -52,7 +52,8 @@ def to_torch_state_dict(
     - `ignore`: patterns of names in `like` that Flax lacks; BatchNorm's `num_batches_tracked` always is one.
     - `kind`: `"numpy"`, `"torch"` or `"jax"`, what the values are. Torch is imported for `"torch"` only.
     - `copy`: False lets results share memory with `params` (see `lora_torch.arrays`): load them, do not write to
-        them in place. True makes every array independent.
+        them in place, and drop them before a jitted step that donates `params`. True makes every array
+        independent.
 
     **Returns:** PyTorch names to contiguous arrays of unchanged dtype, in the order of the tree's leaves.
 
@@ -128,7 +129,8 @@ def from_torch_state_dict(
     - `dtype`: `"same"` demands the dtypes of `like`, `"like"` casts to them, `"stored"` keeps the stored ones.
     - `kind`: what the leaves are, `"jax"`, `"numpy"` or `"torch"`.
     - `copy`: False lets leaves share memory with the state dict: do not write to its tensors in place afterwards,
-        as training the PyTorch model would. True makes every array independent.
+        as training the PyTorch model would. True makes every array independent; parameters that a jitted step
+        donates need it.
 
     **Returns:** a tree of exactly `like`'s structure, boxes and nnx variables included.
 
