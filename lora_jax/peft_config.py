@@ -82,7 +82,7 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
     return LoRAConfig(
         rank=data.get("r", 8),
         alpha=data.get("lora_alpha", 8),
-        target_modules=_targets(data.get("target_modules"), data.get("target_parameters")),
+        target_modules=_targets(data),
         exclude_modules=data.get("exclude_modules") or None,
         layers_to_transform=data.get("layers_to_transform"),
         layers_pattern=data.get("layers_pattern") or None,
@@ -199,19 +199,21 @@ def _is_on(data: Mapping[str, Any], key: str) -> bool:
     return bool(data[key]) and not (key == "bias" and data[key] == "none")
 
 
-def _targets(modules: Any, parameters: Any) -> Any:
-    if not parameters:
-        return modules
+def _targets(data: Mapping[str, Any]) -> Any:
+    modules, parameters = data.get("target_modules"), data.get("target_parameters")
     if isinstance(parameters, str):
         raise ValueError(f"`target_parameters={parameters!r}` is a string; write a list: [{parameters!r}].")
-    if not isinstance(modules, str):
-        return [*(modules or ()), *parameters]
-    if modules.lower() == "all-linear":
-        raise ValueError(
-            "`target_modules='all-linear'` together with `target_parameters` cannot be written as one list; name "
-            "the linear modules."
-        )
-    return _one_regex([modules], parameters)
+    if isinstance(modules, str):
+        if parameters and modules.lower() == "all-linear":
+            raise ValueError(
+                "`target_modules='all-linear'` together with `target_parameters` cannot be written as one list; "
+                "name the linear modules."
+            )
+        return _one_regex([modules], parameters) if parameters else modules
+    names = list(modules or ())
+    if not data.get("layers_to_transform"):  # only then may a full name do more than an end of it
+        names = [n for n in names if not any(n.endswith(f".{end}") for end in names)]
+    return [*names, *(parameters or ())]
 
 
 def _plain_names(names: str | Sequence[str]) -> str | list[str]:

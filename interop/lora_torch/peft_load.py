@@ -113,9 +113,10 @@ def _match_names(
 ) -> None:
     """Notes modules and whole tensors that only the file has, or only the sites."""
     wanted = {_module(a): (name, place) for place in placed for name in _all(place) for a, _ in [keys[name]]}
-    for module in wanted:
+    for module, (name, place) in wanted.items():
         if module not in file.pairs:
-            file.problems.append(f"missing: {PREFIX}{module}, for `{wanted[module][1].site.name}`")
+            why = ", the same table: what changes its lookup alone has no form here" if name in place.heads else ""
+            file.problems.append(f"missing: {PREFIX}{module}, for `{place.site.name}`{why}")
     for module in file.pairs:
         if module not in wanted:
             file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{nearest(module, wanted)}")

@@ -255,7 +255,11 @@ def _with_heads(out: list[Placement], tied: Mapping[str, str], problems: list[st
             n = tables[module]
             out[n] = replace(out[n], heads=(*out[n].heads, alias.rpartition(".")[0]))
     for place in out:
-        if getattr(place.site, "tied", False) and not place.heads:
+        if place.site.tied and place.kind != "embedding":
+            problems.append(
+                f"`{place.site.name}` is used from both sides, and PEFT can adapt only one of them; leave it out."
+            )
+        elif place.site.tied and not place.heads:
             problems.append(
                 f"`{place.site.name}` is also the model's output head, which this adapter changes as well: say the "
                 f"head's name, `tied={{'lm_head.weight': '{place.names[0]}.weight'}}`"

@@ -1,0 +1,205 @@
+"""Adapters travel between Flax models and real `peft` and `transformers` with the same logits.
+
+Every case shows that the bound can fail: the base's own logits, a doubled alpha and a transposed B exceed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+if not hasattr(transformers, "FlaxPreTrainedModel"):
+    pytest.skip("transformers 5 has no Flax models", allow_module_level=True)
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+import lora_jax as lj  # noqa: E402
+from lora_torch import config_for, load_peft, plan_peft, save_peft  # noqa: E402
+from tests.interop import peft_models  # noqa: E402
+from tests.interop.peft_models import IDS, agree, logits, peft_logits, random_adapter, transformers_logits  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of their own deprecations
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TIED = {"lm_head.weight": "transformer.wte.weight"}
+
+OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", dict(rank=4, alpha=7, target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"]), {}),
+    "llama, ranks and alphas of their own": (
+        "llama",
+        dict(
+            rank=4,
+            alpha=8,
+            target_modules=ATTENTION,
+            # 16 makes k_proj's B square.
+            rank_pattern={"k_proj": 16, "layers.1.self_attn.q_proj": 2},
+            alpha_pattern={"layers.0.self_attn.v_proj": 3, "k_proj": 20},
+        ),
+        {},
+    ),
+    "llama, rsLoRA": ("llama", dict(rank=8, alpha=3.5, target_modules=["q_proj", "down_proj"], use_rslora=True), {}),
+    "llama, embedding and head": ("llama", dict(rank=3, target_modules=["embed_tokens", "lm_head", "v_proj"]), {}),
+    "gpt2": ("gpt2", dict(rank=4, target_modules=["c_attn", "c_proj", "c_fc"]), {}),
+    "gpt2, tied embedding": ("gpt2", dict(rank=4, target_modules=["wte", "c_attn"]), dict(tied=TIED)),
+    "bert": (
+        "bert",
+        dict(rank=4, target_modules=["query", "value", "word_embeddings"], modules_to_save=["classifier"]),
+        dict(task_type="SEQ_CLS"),
+    ),
+}
+
+
+@functools.cache
+def twin(name: str) -> peft_models.Twin:
+    return getattr(peft_models, name)()
+
+
+def edited(directory: Path, change: Any) -> Path:
+    """The same adapter with its configuration changed."""
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    return directory
+
+
+def double_alpha(config: dict[str, Any]) -> None:
+    config["lora_alpha"] *= 2
+    config["alpha_pattern"] = {k: 2 * v for k, v in config.get("alpha_pattern", {}).items()}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_ours_in_peft_and_transformers(case: str, tmp_path: Path) -> None:
+    name, settings, options = OURS[case]
+    model = twin(name)
+    plan = model.plan(lj.LoRAConfig(**settings))
+    adapter = random_adapter(plan)
+    want, base = model.ours(plan, adapter), model.base
+    assert agree(logits(model.make()), base)
+
+    directory = save_peft(adapter, tmp_path / "adapter", plan, names="hf-flax", **options)
+    assert agree(peft_logits(model, directory), want)
+    assert agree(transformers_logits(model, directory), want)
+    tied = {k: v for k, v in options.items() if k == "tied"}
+    back = load_peft(directory, plan_peft(directory, model.fn, model.params, jnp.asarray(IDS), **tied), **tied)
+    assert back.sites == adapter.sites
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True))
+
+    # The bound fails where it should.
+    assert not agree(base, want)
+    assert not agree(peft_logits(model, edited(directory, double_alpha)), want)
+
+
+def test_a_transposed_b_is_seen(tmp_path: Path) -> None:
+    """k_proj's B is square at rank 16: transposing it changes no shape, and no loader notices."""
+    model = twin("llama")
+    plan = model.plan(lj.LoRAConfig(rank=16, target_modules=["k_proj"]))
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "adapter", plan, names="hf-flax")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    square = {k: np.ascontiguousarray(v.T) if "lora_B" in k else v for k, v in tensors.items()}
+    want = model.ours(plan, adapter)
+    assert agree(peft_logits(model, directory), want)
+    save_file(square, directory / "adapter_model.safetensors")
+    assert not agree(peft_logits(model, directory), want)
+
+
+PEFTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", dict(r=4, lora_alpha=7, target_modules=[*ATTENTION, "down_proj"]), {}),
+    "llama, patterns": (
+        "llama",
+        dict(
+            r=4,
+            target_modules=ATTENTION,
+            rank_pattern={"k_proj": 2, "layers.1.self_attn.q_proj": 6},
+            alpha_pattern={"model.layers.0.self_attn.v_proj": 3.5},
+        ),
+        {},
+    ),
+    "llama, rsLoRA and a layer filter": (
+        "llama",
+        dict(r=4, target_modules=["q_proj", "up_proj"], use_rslora=True, layers_to_transform=[1]),
+        {},
+    ),
+    "llama, embedding": ("llama", dict(r=4, target_modules=["embed_tokens", "q_proj"]), dict(params=True)),
+    "gpt2": ("gpt2", dict(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), {}),
+    "gemma, tied embedding": (
+        "gemma",
+        dict(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        dict(params=True, tied={"lm_head.weight": "model.embed_tokens.weight"}),
+    ),
+    "bert": ("bert", dict(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"), {}),
+}
+
+
+@pytest.mark.parametrize("case", PEFTS)
+def test_peft_in_ours(case: str, tmp_path: Path) -> None:
+    name, settings, options = PEFTS[case]
+    model = twin(name)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(model.make(), peft.LoraConfig(**settings, init_lora_weights=False))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    want, base = logits(theirs), model.base
+
+    tied = {k: v for k, v in options.items() if k == "tied"}
+    params = model.params if options.get("params") else None
+    plan = plan_peft(tmp_path, model.fn, model.params, jnp.asarray(IDS), names="hf-flax", **tied)
+    adapter = load_peft(tmp_path, plan, names="hf-flax", params=params, **tied)
+    assert agree(model.ours(plan, adapter), want)
+    assert not agree(base, want)
+    doubled = jax.tree.map(lambda x: 2 * x, adapter)
+    assert not agree(model.ours(plan, doubled), want)
+
+    assert model.plan(config_for(tmp_path)).sites == plan.sites
+
+
+def test_sites_take_what_the_file_says_and_a_plan_does_not(tmp_path: Path) -> None:
+    """`apply` computes with the plan's scale, so a plan must agree; for a merge the sites take the file's."""
+    model = twin("llama")
+    settings = dict(r=4, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 2}, use_rslora=True)
+    theirs = peft.get_peft_model(model.make(), peft.LoraConfig(**settings, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    plan = model.plan(lj.LoRAConfig(rank=1, alpha=1, target_modules=["q_proj", "k_proj"]))
+    loose = load_peft(tmp_path, plan.sites)
+    assert {(s.path[-2], s.rank, s.alpha, s.rslora) for s in loose.sites} == {
+        ("q_proj", 4, 8.0, True),
+        ("k_proj", 2, 8.0, True),
+    }
+    want = logits(theirs)
+    assert agree(model.plain(lj.merge(model.params, loose)), want)
+    assert not agree(model.base, want)
+    with pytest.raises(ValueError, match="q_proj.kernel`: the file has rank 4, alpha 8 with rsLoRA, the plan rank 1, "):
+        load_peft(tmp_path, plan)
+
+
+def test_a_lookup_only_adapter_of_a_tied_table_is_refused(tmp_path: Path) -> None:
+    """PEFT adapts GPT-2's `wte` and leaves the head alone: one table here cannot be both."""
+    model = twin("gpt2")
+    config = peft.LoraConfig(r=4, target_modules=["wte"], init_lora_weights=False)
+    peft.get_peft_model(model.make(), config).save_pretrained(tmp_path)
+    plan = model.plan(lj.LoRAConfig(rank=4, alpha=8, target_modules=["wte"]))
+    with pytest.raises(ValueError, match="missing: base_model.model.lm_head.*the same table"):
+        load_peft(tmp_path, plan, tied=TIED)
+    with pytest.raises(ValueError, match="tied={'lm_head.weight': 'transformer.wte.weight'}"):
+        load_peft(tmp_path, plan)
+    with pytest.raises(ValueError, match="is also the model's output head"):
+        save_peft(random_adapter(plan), tmp_path / "other", plan)
+
+    both = peft.LoraConfig(r=4, target_modules=["wte", "lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model.make(), both).save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="adapts them differently"):
+        load_peft(tmp_path / "both", plan, tied=TIED)
