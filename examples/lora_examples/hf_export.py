@@ -29,7 +29,7 @@ def write_llama(directory: PathLike, config: LlamaConfig, params: Mapping[str, A
 
     if config.qkv_bias != config.o_bias or config.sliding_window is not None or config.rope_scaling is not None:
         raise ValueError("Only plain Llama models are written; this one has biases, windows or scaled rotations.")
-    state = to_torch_state_dict(params)
+    state = to_torch_state_dict(params, preset="linen")
     directory = Path(directory)
     directory.mkdir(parents=True)
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

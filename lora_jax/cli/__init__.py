@@ -27,6 +27,10 @@ class Command(NamedTuple):
 _TASK_DEFAULTS = "lora_jax.cli.training.config:task_defaults"
 COMMANDS: dict[str, Command] = {
     "train": Command("lora_jax.cli.train:train", "fine-tune a model with LoRA on real text", _TASK_DEFAULTS),
+    "plan": Command("lora_jax.cli.plan:plan", "show what a configuration adapts, and why not the rest", _TASK_DEFAULTS),
+    "eval": Command("lora_jax.cli.evaluate:evaluate", "measure a run with and without its adapter"),
+    "generate": Command("lora_jax.cli.generate:generate", "continue a text with a language model and its adapter"),
+    "export": Command("lora_jax.cli.export:export", "convert an adapter between orbax checkpoint and PEFT directory"),
     "inspect": Command("lora_jax.cli.inspect:inspect", "show what a PEFT adapter directory holds, layer by layer"),
     "diff": Command("lora_jax.cli.diff:diff", "compare two PEFT adapter directories, module by module"),
     "merge": Command("lora_jax.cli.merge:merge", "merge a PEFT LoRA adapter into a Hugging Face base directory"),

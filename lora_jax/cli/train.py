@@ -10,6 +10,7 @@ from lora_jax.cli.training import loop
 from lora_jax.cli.training.config import TrainConfig
 from lora_jax.cli.training.jobs import Job, prepare
 from lora_jax.cli.training.learners import Learner, make_learner
+from lora_jax.cli.training.progress import progress
 from lora_jax.cli.training.run import Run, Writer
 from lora_jax.cli.training.sample import Sampler
 from lora_jax.cli.training.show import show_memory, show_plan, show_results
@@ -24,7 +25,7 @@ def train(config: TrainConfig) -> None:
     begun = time.monotonic(), time.process_time()
     run = None if config.dry_run else Run.open(config)
     job = prepare(config)
-    learner = make_learner(job, config)
+    learner = make_learner(job.base, config)
     show_plan(learner.plan)
     if run is None:
         show_memory(learner, job, job.batch(config, 0))
@@ -48,10 +49,9 @@ def _before(run: Run, job: Job, learner: Learner, writer: Writer) -> Sampler | N
     if run.find(kind="held_out", model="base") is None:
         writer.record("held_out", 0, model="base", **loop.held_out(job, learner, config.data.batch_size, adapted=False))
     if config.control and config.task == "classification" and run.find(kind="held_out", model="head alone") is None:
-        from lora_jax.cli.training.classification import head_alone
-        from lora_jax.cli.training.progress import progress
+        from lora_jax.cli.training.classification import head_alone, head_batches
 
-        total = -(-len(job.train["ids"]) // config.data.batch_size) + -(-config.data.held_out // config.data.batch_size)
+        total = head_batches(job, config)
         with progress("frozen encoder, for the control", total, every=5 * config.log_every) as shown:
             writer.record("held_out", 0, model="head alone", **head_alone(job, config, shown.update))
     if config.task != "causal-lm" or not config.sample.prompt:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import Job
+from lora_jax.cli.training.jobs import Base
 from lora_jax.cli.training.show import format_metric
 from lora_jax.planning import Plan
 
@@ -17,25 +17,25 @@ PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 CLASSES = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
 
 
-def model_card(config: TrainConfig, job: Job, base: str, plan: Plan, results: dict[str, dict[str, Any]]) -> str:
+def model_card(config: TrainConfig, base: Base, name: str, plan: Plan, results: dict[str, dict[str, Any]]) -> str:
     """Markdown with the header that the Hugging Face hub reads."""
     header = {
-        "base_model": base,
+        "base_model": name,
         "library_name": "peft",
-        "pipeline_tag": PIPELINES[job.task_type],
-        "tags": ["lora", "jax", "flax", f"base_model:adapter:{base}"],
+        "pipeline_tag": PIPELINES[base.task_type],
+        "tags": ["lora", "jax", "flax", f"base_model:adapter:{name}"],
     }
     model_source, data_source = _sources(config)
     lora, optim = config.lora, config.optim
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    names = list(next(iter(results.values())))
-    rows = [[model, *(format_metric(n, metrics[n]) for n in names)] for model, metrics in results.items()]
+    columns = list(next(iter(results.values())))
+    rows = [[model, *(format_metric(c, metrics[c]) for c in columns)] for model, metrics in results.items()]
     saved = f", and trains {', '.join(lora.modules_to_save)} in full" if lora.modules_to_save else ""
-    labels = f", num_labels={job.base.model.config.num_labels}" if job.task_type == "SEQ_CLS" else ""
+    labels = f", num_labels={base.model.config.num_labels}" if base.task_type == "SEQ_CLS" else ""
     return "\n".join(
         [
             "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "",
-            f"# A LoRA adapter for {base}", "",
+            f"# A LoRA adapter for {name}", "",
             f"Trained in Flax ({config.model.front_end}) with lora-jax. Rank {lora.rank}, alpha {lora.alpha:g} on "
             f"{targets}{saved}: {plan.count():,} parameters.", "",
             f"- Base: {model_source}",
@@ -43,13 +43,13 @@ def model_card(config: TrainConfig, job: Job, base: str, plan: Plan, results: di
             f"- Training: {optim.steps} steps of {config.data.batch_size} rows of {config.data.length} tokens, AdamW "
             f"with a peak rate of {optim.lr:g} ({optim.schedule}), seed {config.seed}.", "",
             f"## On {config.data.held_out} held-out rows", "",
-            _row(["", *names]), _row(["---"] * (len(names) + 1)), *map(_row, rows), "",
+            _row(["", *columns]), _row(["---"] * (len(columns) + 1)), *map(_row, rows), "",
             "## Use", "",
             "```python",
             "from peft import PeftModel",
-            f"from transformers import {CLASSES[job.task_type]}",
+            f"from transformers import {CLASSES[base.task_type]}",
             "",
-            f"base = {CLASSES[job.task_type]}.from_pretrained({base!r}{labels})",
+            f"base = {CLASSES[base.task_type]}.from_pretrained({name!r}{labels})",
             'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
             "```", "",
         ]

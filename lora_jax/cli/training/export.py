@@ -24,8 +24,8 @@ def export_run(
 
     base = base_directory(job.base, run.directory / "base")
     name = job.base.name if job.base.directory is not None else str(base)
-    card = model_card(run.config, job, name, plan, results)
-    options = {"base_model_name_or_path": name, "task_type": job.task_type, "model_card": card, "overwrite": True}
+    card = model_card(run.config, job.base, name, plan, results)
+    options = {"base_model_name_or_path": name, "task_type": job.base.task_type, "model_card": card, "overwrite": True}
     return save_peft(adapter, run.directory / "adapter", plan, **options), base
 
 

@@ -1,4 +1,4 @@
-"""A task made ready to run: a base model, rows of data, and what to minimise and to measure."""
+"""A task made ready to run: a base model, what to minimise and to measure, and rows of data."""
 
 from __future__ import annotations
 
@@ -16,28 +16,6 @@ Batch = dict[str, Any]  # arrays of equal first dimension: rows
 Metrics = dict[str, float]
 
 WEIGHT = "weight"  # of each row in a sum over held-out rows; 0 for the rows that only fill up the last batch
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model and where it came from.
-
-    **Fields:**
-
-    - `model`: a linen module, or an nnx module that holds its parameters.
-    - `params`: of the linen module; for nnx the same tree, which `model` was built from.
-    - `tokenizer`: of the `tokenizers` package.
-    - `directory`: a Hugging Face directory that torch can load; None if there is none until one is exported.
-    - `name`: what an exported adapter calls its base.
-    - `write`: writes the base as a Hugging Face directory; used where `directory` is None.
-    """
-
-    model: Any
-    params: Any
-    tokenizer: Any
-    directory: Path | None
-    name: str
-    write: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,14 +42,42 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Base:
+    """A base model, what is asked of it, and where it came from.
+
+    **Fields:**
+
+    - `model`: a linen module, or an nnx module that holds its parameters.
+    - `params`: of the linen module; for nnx the same tree, which `model` was built from.
+    - `objective`, and `inputs`: the model's arguments for one batch, as `jax.ShapeDtypeStruct`s.
+    - `tokenizer`: of the `tokenizers` package.
+    - `task_type`: PEFT's, `"SEQ_CLS"` or `"CAUSAL_LM"`.
+    - `name`: what an exported adapter calls its base.
+    - `directory`: a Hugging Face directory that torch can load; None if there is none until `write` makes it.
+    """
+
+    model: Any
+    params: Any
+    objective: Objective
+    inputs: tuple[Any, ...]
+    tokenizer: Any
+    task_type: str
+    name: str
+    directory: Path | None
+    write: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """A base, its objective, and rows to train on and to hold out."""
+    """A base, with rows to train on and rows held out."""
 
     base: Base
-    objective: Objective
     train: Batch
     held_out: Batch
-    task_type: str  # PEFT's: SEQ_CLS or CAUSAL_LM
+
+    @property
+    def objective(self) -> Objective:
+        return self.base.objective
 
     def batch(self, config: TrainConfig, step: int) -> Batch:
         """The rows of one step, a pure function of seed and step: a resumed run sees what it would have seen."""
@@ -82,22 +88,25 @@ class Job:
 
 
 def prepare(config: TrainConfig) -> Job:
-    """Loads what `config` names. **Raises:** `ValueError` or `OSError` saying what is missing or does not fit."""
-    if config.task == "classification":
-        from lora_jax.cli.training.classification import prepare_job
-    else:
-        from lora_jax.cli.training.causal_lm import prepare_job
-    return prepare_job(config)
+    """Loads model and data. **Raises:** `ValueError` or `OSError` saying what is missing or does not fit."""
+    return _task(config).prepare(config)
 
 
-def prepare_base(config: TrainConfig) -> tuple[Base, tuple[Any, ...]]:
-    """The base alone, and abstract inputs of one batch: enough to plan."""
-    if config.task == "classification":
-        from lora_jax.cli.training.classification import load_base
-    else:
-        from lora_jax.cli.training.causal_lm import load_base
-    rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.length), np.dtype("int32"))
-    return load_base(config), (rows, rows) if config.task == "classification" else (rows,)
+def prepare_base(config: TrainConfig) -> Base:
+    """Loads the model alone. **Raises:** as `prepare`."""
+    return _task(config).load_base(config)
+
+
+def _task(config: TrainConfig) -> Any:
+    from lora_jax.cli.training import causal_lm, classification
+
+    return {"classification": classification, "causal-lm": causal_lm}[config.task]
+
+
+def row_inputs(config: TrainConfig, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """`count` abstract (batch, length) arrays of integers."""
+    shape = (config.data.batch_size, config.data.length)
+    return (jax.ShapeDtypeStruct(shape, np.dtype("int32")),) * count
 
 
 def len_of(batch: Batch) -> int:

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 import lora_jax
 from lora_jax.adapters import Adapter
 from lora_jax.cli.training.config import OptimOptions, TrainConfig
-from lora_jax.cli.training.jobs import Base, Batch, Job, Metrics, Objective, chunks
+from lora_jax.cli.training.jobs import Base, Batch, Metrics, Objective, chunks
 from lora_jax.planning import Plan
 
 
@@ -51,13 +49,13 @@ class Learner(Protocol):
     def compiled_step(self, batch: Batch) -> Any: ...
 
 
-def make_learner(job: Job, config: TrainConfig) -> Learner:
-    """The learner of `config.model.front_end`."""
+def make_learner(base: Base, config: TrainConfig) -> Learner:
+    """The learner of `config.model.front_end`, with a fresh adapter."""
     if config.model.front_end == "nnx":
         from lora_jax.cli.training.nnx_learner import NnxLearner
 
-        return NnxLearner(job.base, job.objective, job.batch(config, 0), config)
-    return LinenLearner(job.base, job.objective, job.batch(config, 0), config)
+        return NnxLearner(base, config)
+    return LinenLearner(base, config)
 
 
 def make_optimizer(options: OptimOptions) -> optax.GradientTransformation:
@@ -86,22 +84,16 @@ def evaluate(learner: Learner, objective: Objective, rows: Batch, size: int, *, 
     return objective.metrics(sums)
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes and dtypes of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
-
-
 class LinenLearner:
     """`lora_jax.linen.adapt` and optax: everything that changes is passed in and returned."""
 
-    def __init__(self, base: Base, objective: Objective, example: Batch, config: TrainConfig):
+    def __init__(self, base: Base, config: TrainConfig):
         self._params = base.params
         init, self._dropout = jax.random.split(jax.random.key(config.seed))
-        inputs = abstract(objective.inputs(example))
-        self._model, self._adapter = lora_jax.linen.adapt(base.model, base.params, config.lora, *inputs, key=init)
+        self._model, self._adapter = lora_jax.linen.adapt(base.model, base.params, config.lora, *base.inputs, key=init)
         optimizer = make_optimizer(config.optim)
         self._optimizer_state = optimizer.init(self._adapter)
-        model, drops = self._model, config.lora.dropout > 0
+        model, objective, drops = self._model, base.objective, config.lora.dropout > 0
 
         def step(adapter: Adapter, state: Any, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, ...]:
             def loss(adapter: Adapter) -> jax.Array:

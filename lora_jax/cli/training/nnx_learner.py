@@ -11,17 +11,17 @@ from flax import nnx
 import lora_jax
 from lora_jax.adapters import Adapter
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import Base, Batch, Objective
-from lora_jax.cli.training.learners import abstract, make_optimizer
+from lora_jax.cli.training.jobs import Base, Batch
+from lora_jax.cli.training.learners import make_optimizer
 from lora_jax.planning import Plan
 
 
 class NnxLearner:
     """`lora_jax.nnx.adapt` and `nnx.Optimizer(wrt=nnx.LoRAParam)`."""
 
-    def __init__(self, base: Base, objective: Objective, example: Batch, config: TrainConfig):
-        inputs = abstract(objective.inputs(example))
-        self._model = lora_jax.nnx.adapt(base.model, config.lora, *inputs, rngs=nnx.Rngs(config.seed))
+    def __init__(self, base: Base, config: TrainConfig):
+        objective = base.objective
+        self._model = lora_jax.nnx.adapt(base.model, config.lora, *base.inputs, rngs=nnx.Rngs(config.seed))
         self._optimizer = nnx.Optimizer(self._model, make_optimizer(config.optim), wrt=nnx.LoRAParam)
 
         @nnx.jit
