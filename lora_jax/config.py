@@ -80,7 +80,9 @@ class LoRAConfig:
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if isinstance(layers, int) and not isinstance(layers, bool):
+        if isinstance(layers, bool):
+            raise ValueError(f"`layers_to_transform={layers}`: write layer numbers, such as 3 or [0, 1].")
+        if isinstance(layers, int):
             layers = (layers,)
         if layers is not None:
             object.__setattr__(self, "layers_to_transform", tuple(layers))

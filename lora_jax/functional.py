@@ -61,14 +61,8 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
             if not site.is_full:
                 i = where[site.path]
                 own = None if key is None else site_key(key, site.name)
-                inputs[i] = lora_weight(
-                    site,
-                    inputs[i],
-                    *adapter.factors(site),
-                    own,
-                    dropout_rate=rate,
-                    implementation=implementation,
-                )
+                a, b = adapter.factors(site)
+                inputs[i] = lora_weight(site, inputs[i], a, b, own, dropout_rate=rate, implementation=implementation)
         interpreter = Interpreter(report, drops=key is not None)
         return traced.rebuild(interpreter.run_dense(traced.jaxpr, traced.consts, inputs))
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import flax.serialization
 import jax
+import jax.numpy as jnp
 from flax.core import DenyList
 
 from lora_jax import functional, planning
@@ -184,7 +185,7 @@ def _streams(rngs: Any) -> tuple[Any, jax.Array | None]:
 
 def _typed(key: Any) -> jax.Array:
     """A typed key from a typed or a raw one."""
-    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _others(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from lora_jax.interpret import Interpreter
 from lora_jax.layout import layout_of, stated_layout
 from lora_jax.selection import Row, select
 from lora_jax.sites import LORA_A, LORA_B, Site
-from lora_jax.weights.probe import Record, probe_weight
+from lora_jax.weights.probe import Probe, Record, probe_weight
+from lora_jax.weights.virtual import Virtual
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,17 @@ def _observe(fn: Any, params: Any, args: Any, kwargs: Any) -> tuple[dict[tuple[s
     traced = tracing.trace(fn, params, args, kwargs)
     records: dict[tuple[str, ...], Record] = {}
 
+    def seen_dense(w: Virtual, primitive: str) -> None:
+        assert isinstance(w.kind, Probe)
+        w.kind.seen_dense(w, primitive)
+
     def run(values: list[Any]) -> None:
         inputs = list(values)
         for i, path in enumerate(traced.paths):
             if jnp.issubdtype(inputs[i].dtype, jnp.floating) and inputs[i].ndim > 0:
                 inputs[i] = probe_weight(path, inputs[i])
                 records[path] = inputs[i].kind.record
-        seen = Interpreter(lambda w, primitive: w.kind.seen_dense(w, primitive))
-        seen.run_dense(traced.jaxpr, traced.consts, inputs)
+        Interpreter(seen_dense).run_dense(traced.jaxpr, traced.consts, inputs)
 
     jax.eval_shape(run, traced.inputs)
     return records, traced

@@ -15,7 +15,7 @@ def plan_table(plan: Plan) -> str:
     formed: dict[str, set[str]] = {}
     for name, primitive, _ in plan.materialised:
         formed.setdefault(name, set()).add(primitive)
-    lines = [HEADER]
+    lines: list[tuple[str, ...]] = [HEADER]
     for row in plan.rows:
         site = row.site
         if site is None:
