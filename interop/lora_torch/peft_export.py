@@ -120,7 +120,8 @@ def adapter_config(
         stated,
         task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
-        fan_in_fan_out=fan_in_fan_out,
+        # PEFT takes no raw parameters beside it, and finds Conv1D layers by itself.
+        fan_in_fan_out=fan_in_fan_out and not parameters,
         trained=True,
     )
     out["target_modules"] = targets
@@ -129,13 +130,16 @@ def adapter_config(
     return out
 
 
-def shortest_names(names: Sequence[str], others: Sequence[str]) -> list[str]:
+def shortest_names(names: Sequence[str], others: Sequence[str]) -> list[str] | str:
     """The shortest ends of `names` that no other module has, as PEFT matches them: `q_proj`, not 64 full names.
 
-    Containers of modules count as others, and a bare index such as `0` is no end.
+    Containers of modules count as others, and a bare index such as `0` is no end. Where a whole name is the end of
+    another module's (`q` and `inner.q`) no list can tell them apart: one regular expression then.
     """
     containers = {prefix for name in (*names, *others) for prefix in _prefixes(name)[:-1]}
-    taken = {end for other in {*others, *containers} - set(names) for end in _ends(other)}
+    taken = {end for other in {*others, *containers} - set(names) for end in (*_ends(other), other)}
+    if taken & set(names):
+        return "|".join(re.escape(name) for name in sorted(names))
     return sorted({next((end for end in _ends(name) if end not in taken), name) for name in names})
 
 

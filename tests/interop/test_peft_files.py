@@ -1,0 +1,410 @@
+"""PEFT directories as files: strict reading of damaged, hostile and inconsistent ones, and all-or-nothing writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_torch import config_for, load_peft, plan_peft, read_peft, save_peft
+from tests.interop.peft_models import random_adapter
+
+PARAMS = {f"layers_{i}": {p: {"kernel": jnp.ones((4, 6))} for p in ("q", "v")} for i in range(2)}
+X = jnp.ones((3, 4))
+P = "base_model.model."
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def fn(params: Any, x: Any) -> Any:
+    return sum(x @ layer[p]["kernel"] for layer in params.values() for p in ("q", "v"))
+
+
+def plan_of(**settings: Any) -> lj.Plan:
+    return lj.plan(fn, PARAMS, X, config=lj.LoRAConfig(**{"rank": 2, "target_modules": ["q", "v"], **settings}))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    plan = plan_of()
+    return save_peft(random_adapter(plan), tmp_path / "adapter", plan)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(directory / TENSORS)
+    change(tensors)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, directory / TENSORS)
+
+
+def key(layer: int, module: str, factor: str) -> str:
+    return f"{P}layers.{layer}.{module}.lora_{factor}.weight"
+
+
+def test_reads_back_what_was_written(directory: Path) -> None:
+    config, tensors = read_peft(directory)
+    assert config["target_modules"] == ["q", "v"] and config["inference_mode"] is True
+    assert {k: v.shape for k, v in tensors.items()} == {
+        key(i, p, f): (2, 4) if f == "A" else (6, 2) for i in range(2) for p in "qv" for f in "AB"
+    }
+    with open(directory / TENSORS, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_survive_and_transposed_memory_is_written_right(dtype: str, tmp_path: Path) -> None:
+    plan = plan_of(dtype=dtype)
+    adapter = random_adapter(plan)
+    save_peft(adapter, tmp_path / "a", plan)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    a, b = (np.asarray(x) for x in adapter.factors(plan.sites[0]))
+    assert tensors[key(0, "q", "A")].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+    assert np.array_equal(tensors[key(0, "q", "A")], a.T) and np.array_equal(tensors[key(0, "q", "B")], b.T)
+    kept, planned = load_peft(tmp_path / "a", plan.sites), load_peft(tmp_path / "a", plan_of())
+    assert {x.dtype.name for x in jax.tree.leaves(kept)} == {dtype}
+    assert {x.dtype.name for x in jax.tree.leaves(planned)} == {"float32"}
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(adapter), strict=True))
+
+
+def test_every_problem_is_in_one_error(directory: Path) -> None:
+    def break_it(tensors: dict[str, np.ndarray]) -> None:
+        del tensors[key(0, "q", "B")]
+        tensors[f"{P}layers.0.v.weight"] = np.ones((6, 4), np.float32)
+        tensors["layers.9.q.lora_A.weight"] = np.ones((2, 4), np.float32)
+        tensors[key(1, "v", "B")] = np.ascontiguousarray(tensors[key(1, "v", "B")].T)
+        tensors[key(1, "q", "A")] = np.ones((2, 5), np.float32)
+        tensors[f"{P}layers.7.q.lora_A.weight"] = np.ones((2, 4), np.float32)
+        tensors[f"{P}layers.7.q.lora_B.weight"] = np.ones((6, 2), np.float32)
+
+    edit_tensors(directory, break_it)
+    with pytest.raises(ValueError) as error:
+        load_peft(directory, plan_of())
+    for part in (
+        "layers.0.q has lora_A but no lora_B",
+        "layers.0.v.weight (6, 4) would overwrite a base tensor",
+        "layers.9.q.lora_A.weight does not start with `base_model.model.`",
+        "layers.1.v: lora_A (2, 4), lora_B (2, 6) do not agree on a rank; are they transposed?",
+        "layers.1.q: lora_A (2, 5), lora_B (6, 2) do not fit `layers_1.q.kernel` (4, 6), which takes (r, 4) and (6, r)",
+        "unexpected: base_model.model.layers.7.q is not in the plan; nearest: layers.1.q",
+    ):
+        assert part in str(error.value), str(error.value)
+    with pytest.raises(ValueError, match="would overwrite a base tensor"):
+        read_peft(directory)
+
+
+def test_missing_modules_and_modules_that_peft_would_drop(directory: Path) -> None:
+    edit_tensors(directory, lambda t: [t.pop(key(1, "v", f)) for f in "AB"])
+    with pytest.raises(ValueError, match="missing: base_model.model.layers.1.v, for `layers_1.v.kernel`"):
+        load_peft(directory, plan_of())
+    edit_config(directory, target_modules=["q"])
+    with pytest.raises(ValueError, match="layers.0.v has factors, but the configuration does not target it"):
+        read_peft(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("layers.0.q.lora_magnitude_vector", (6,), "belongs to DoRA, which is not implemented"),
+        ("layers.0.q.lora_B.bias", (6,), "belongs to `lora_bias`"),
+        ("layers.0.q.ia3_l", (6, 1), "belongs to IA3"),
+        ("embed.token_adapter.trainable_tokens_delta", (2, 4), "belongs to trainable tokens"),
+        ("layers.0.q.base_layer.bias", (6,), "would overwrite a base tensor"),
+        ("layers.0.q.lora_A.default.weight", (2, 4), "would overwrite a base tensor"),
+        ("../../etc/passwd.lora_A.weight", (2, 4), "is no name of a tensor"),
+        ("layers/0/q.lora_A.weight", (2, 4), "is no name of a tensor"),
+        ("layers.0.q\n.lora_A.weight", (2, 4), "is no name of a tensor"),
+        ("layers..q.lora_A.weight", (2, 4), "is no name of a tensor"),
+        ("layers.0.q.lora_embedding_A", (2, 4), "factors of an embedding and of a linear layer"),
+        ("layers.9.q.base_layer.weight", (6, 4), "would overwrite the base"),
+    ],
+)
+def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...], message: str) -> None:
+    edit_tensors(directory, lambda t: t.update({P + name: np.ones(shape, np.float32)}))
+    with pytest.raises(ValueError, match=message):
+        read_peft(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(use_dora=True), "`use_dora=True` is not implemented"),
+        (dict(peft_type="IA3"), "`peft_type='IA3'` is another method than LoRA"),
+        (dict(peft_type="PROMPT_TUNING"), "PROMPT_TUNING"),
+        (dict(bias="all"), "`bias='all'`"),
+        (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changed the base model"),
+        (dict(init_lora_weights="olora"), "changed the base model"),
+        (dict(r="2"), "`r` must be a positive whole number, got '2'"),
+        (dict(r=True), "`r` must be"),
+        (dict(lora_alpha=float("inf")), "`lora_alpha` must be a finite number"),
+        (dict(rank_pattern=[1]), "`rank_pattern` must be an object"),
+        (dict(rank_pattern={"q": 0}), r"`rank_pattern\['q'\]` must be"),
+        (dict(rank_pattern={"(": 2}), "is not a regular expression"),
+        (dict(target_modules={"q": 1}), "`target_modules` must be a list of names"),
+        (dict(target_modules="("), "is not a regular expression"),
+        (dict(layers_to_transform="1"), "`layers_to_transform` must be whole numbers"),
+    ],
+)
+def test_configurations_that_are_refused(directory: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(directory, **changes)
+    for read in (read_peft, config_for, lambda d: load_peft(d, plan_of())):
+        with pytest.raises(ValueError, match=message):
+            read(directory)
+
+
+def test_initialisations_that_left_the_base_alone_are_taken(directory: Path) -> None:
+    edit_config(directory, init_lora_weights="eva", eva_config={"rho": 2.0})
+    assert load_peft(directory, plan_of()).sites == plan_of().sites
+    assert config_for(directory).init == "kaiming"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{", "\xff", "[" * 100_000, "null"])
+def test_a_configuration_that_is_no_object(directory: Path, text: str) -> None:
+    (directory / CONFIG).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="is not valid JSON|not an object"):
+        read_peft(directory)
+
+
+def damaged(data: bytes) -> dict[str, bytes]:
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    first = next(k for k in header if k != "__metadata__")
+
+    def with_header(change: Callable[[dict[str, Any]], Any]) -> bytes:
+        altered = json.loads(json.dumps(header))
+        change(altered)
+        text = json.dumps(altered).encode()
+        return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+    return {
+        "empty": b"",
+        "a few bytes": data[:5],
+        "cut in the header": data[: length // 2],
+        "cut in the tensors": data[:-7],
+        "longer": data + b"\0" * 8,
+        "a header longer than the file": struct.pack("<Q", 1 << 40) + data[8:],
+        "a header length of 2**64 - 1": b"\xff" * 8 + data[8:],
+        "a header that is no JSON": data[:8] + b"x" * length + data[8 + length :],
+        "offsets beyond the end": with_header(lambda h: h[first].update(data_offsets=[0, 1 << 30])),
+        "offsets that overlap": with_header(lambda h: h[first].update(data_offsets=[0, 4])),
+        "a shape that does not fit": with_header(lambda h: h[first].update(shape=[1 << 40, 4])),
+        "an unknown dtype": with_header(lambda h: h[first].update(dtype="Q7")),
+        "a pickle": pickle.dumps({"a": 1}),
+    }
+
+
+EMPTY_HEADER = b'{"a":{}}'
+
+
+@pytest.mark.parametrize("how", damaged(struct.pack("<Q", len(EMPTY_HEADER)) + EMPTY_HEADER))
+def test_damaged_tensors(directory: Path, how: str) -> None:
+    (directory / TENSORS).write_bytes(damaged((directory / TENSORS).read_bytes())[how])
+    with pytest.raises(ValueError, match="is damaged or is no safetensors file"):
+        read_peft(directory)
+
+
+def test_integers_are_no_factors(directory: Path) -> None:
+    edit_tensors(directory, lambda t: t.update({key(0, "q", "A"): np.ones((2, 4), np.int32)}))
+    with pytest.raises(ValueError, match=r"layers.0.q.lora_A.weight \(I32\)"):
+        read_peft(directory)
+    save_file({}, directory / TENSORS)
+    with pytest.raises(ValueError, match="holds no tensors"):
+        read_peft(directory)
+
+
+def test_absent_files(tmp_path: Path, directory: Path) -> None:
+    for empty in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"there is no {CONFIG}"):
+            read_peft(empty)
+    with pytest.raises(FileNotFoundError, match="its folders adapter are adapters, pass one of them"):
+        read_peft(tmp_path)
+    (directory / TENSORS).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no {TENSORS}"):
+        read_peft(directory)
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["HOSTILE_DIRECTORY"],)
+
+
+def test_a_pickle_is_read_by_torchs_restricted_loader_only(directory: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = load_file(directory / TENSORS)
+    (directory / TENSORS).unlink()
+    torch.save({k: torch.tensor(v) for k, v in tensors.items()}, directory / "adapter_model.bin")
+    _, again = read_peft(directory)
+    assert all(np.array_equal(tensors[k], again[k]) for k in tensors) and set(again) == set(tensors)
+
+    monkeypatch.setenv("HOSTILE_DIRECTORY", str(tmp_path / "hit"))
+    torch.save({"a": Hostile()}, directory / "adapter_model.bin")
+    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+        read_peft(directory)
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match="never unpickled otherwise"):
+        read_peft(directory)
+    torch.save([torch.ones(2)], directory / "adapter_model.bin")
+    with pytest.raises(ValueError, match="other things than named floating-point tensors"):
+        read_peft(directory)
+    assert not (tmp_path / "hit").exists()
+
+    monkeypatch.setitem(sys.modules, "torch", None)  # as on a machine without it
+    with pytest.raises(ValueError, match="install torch, or save the adapter as"):
+        read_peft(directory)
+
+
+# Ranks and scales -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_come_from_tensors_and_alphas_must_be_plain(tmp_path: Path) -> None:
+    """PEFT sorts its JSON: of two patterns that match, the first in the file need not be the one it meant."""
+    plan = plan_of(target_modules=["q"], rank_pattern={"layers.1.q": 3})
+    directory = save_peft(random_adapter(plan), tmp_path / "a", plan)
+    edit_config(directory, rank_pattern={"1.q": 7, "layers.1.q": 3})
+    assert [s.rank for s in load_peft(directory, plan).sites] == [2, 3]
+    assert [s.rank for s in plan_peft(directory, fn, PARAMS, X).sites] == [2, 3]
+
+    edit_config(directory, alpha_pattern={"1.q": 4, "layers.1.q": 4})
+    assert [s.alpha for s in load_peft(directory, plan.sites).sites] == [16, 4]
+    edit_config(directory, alpha_pattern={"1.q": 4, "layers.1.q": 5})
+    with pytest.raises(ValueError, match="several keys of `alpha_pattern` match, with alphas 4, 5"):
+        load_peft(directory, plan.sites)
+    edit_config(directory, alpha_pattern={}, rank_pattern={})
+    with pytest.raises(ValueError, match="layers.1.q: the tensors have rank 3, the configuration says 2"):
+        load_peft(directory, plan.sites)
+
+
+def test_a_plan_with_another_scale_is_refused(directory: Path) -> None:
+    with pytest.raises(ValueError, match="the file has rank 2, alpha 16, the plan rank 2, alpha 8. Make the plan with"):
+        load_peft(directory, plan_of(alpha=8))
+    with pytest.raises(ValueError, match="the plan rank 2, alpha 16 with rsLoRA"):
+        load_peft(directory, plan_of(use_rslora=True))
+    # The same scale said otherwise computes the same.
+    same = plan_of(alpha=8 * 2**0.5, use_rslora=True)
+    assert load_peft(directory, same).sites == same.sites
+
+
+def test_overlapping_names_get_patterns_that_cannot_be_confused(tmp_path: Path) -> None:
+    """`q` at the top level and `inner.q`: PEFT would take the pattern `q` for both."""
+    params = {"q": {"kernel": jnp.ones((4, 6))}, "inner": {"q": {"kernel": jnp.ones((4, 6))}}}
+    plan = lj.plan(
+        lambda p, x: x @ p["q"]["kernel"] + x @ p["inner"]["q"]["kernel"],
+        params,
+        X,
+        config=lj.LoRAConfig(rank=2, target_modules=["q"], rank_pattern={"^q": 5}, alpha_pattern={"^q": 3}),
+    )
+    assert {s.module: (s.rank, s.alpha) for s in plan.sites} == {"q": (5, 3), "inner.q": (2, 16)}
+    directory = save_peft(random_adapter(plan), tmp_path / "a", plan)
+    config, tensors = read_peft(directory)
+    assert tensors[f"{P}q.lora_A.weight"].shape == (5, 4) and tensors[f"{P}inner.q.lora_A.weight"].shape == (2, 4)
+    assert load_peft(directory, plan.sites).sites == plan.sites
+
+    peft = pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+    theirs = peft.LoraConfig(**config)
+    for name, rank, alpha in (("q", 5, 3), ("inner.q", 2, 16)):
+        assert theirs.rank_pattern.get(get_pattern_key(sorted(theirs.rank_pattern), name), theirs.r) == rank
+        assert theirs.alpha_pattern.get(get_pattern_key(sorted(theirs.alpha_pattern), name), theirs.lora_alpha) == alpha
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_there_is_not_replaced_unasked(directory: Path) -> None:
+    plan = plan_of(rank=3)
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+    with pytest.raises(FileExistsError, match="pass `overwrite=True`"):
+        save_peft(random_adapter(plan), directory, plan)
+    assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    (directory / "notes.txt").write_text("mine")
+    save_peft(random_adapter(plan), directory, plan, overwrite=True)
+    assert read_peft(directory)[0]["r"] == 3 and (directory / "notes.txt").read_text() == "mine"
+    assert [p.name for p in directory.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_leaves_no_half_of_a_directory(tmp_path: Path, monkeypatch: Any, overwrite: bool) -> None:
+    plan = plan_of()
+    target = tmp_path / "a"
+    if overwrite:
+        save_peft(random_adapter(plan), target, plan)
+    before = {p.name: p.read_bytes() for p in target.iterdir()} if overwrite else None
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_peft(random_adapter(plan, seed=1), target, plan, overwrite=overwrite, model_card=False)
+    assert [p.name for p in tmp_path.iterdir()] == (["a"] if overwrite else [])
+    if overwrite:
+        assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+
+
+def test_sites_without_a_name_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
+    params = {"kv": {"w": jnp.ones((2, 3, 4, 5))}, "experts": {"kernel": jnp.ones((3, 5, 4))}}
+
+    def stacked(p: Any, x: Any) -> Any:
+        k, v = (jnp.einsum("bd,ndh->bnh", x, p["kv"]["w"][i]) for i in range(2))
+        return k.sum() + v.sum() + jnp.einsum("ebd,edf->ebf", jnp.ones((3, 2, 5)), p["experts"]["kernel"]).sum()
+
+    plan = lj.plan(stacked, params, X, config=lj.LoRAConfig(rank=2, target_modules=["kv", "experts"]))
+    with pytest.raises(ValueError) as error:
+        save_peft(random_adapter(plan), tmp_path / "a", plan)
+    for part in (
+        "`kv.w` (2, 3, 4, 5) stacks weights along axis 0 of length 2",
+        "Rule('kv.w', to=(name, name, …)",
+        "`experts.kernel` (3, 5, 4) stacks weights along axis 0 of length 3",
+    ):
+        assert part in str(error.value), str(error.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_model_card(tmp_path: Path) -> None:
+    plan = plan_of(rank_pattern={"layers.0.q": 4})
+    name = 'somebody/a "model": [1]'
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "a", plan, base_model_name_or_path=name, task_type="CAUSAL_LM")
+    card = (directory / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert f"base_model: {json.dumps(name)}" in front and "library_name: peft" in front
+    assert "| Rank | 2 |" in card and "| Adapted modules | 4 |" in card and f"{adapter.count():,}" in card
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load(front) == {
+        "base_model": name,
+        "library_name": "peft",
+        "tags": ["lora", "jax", "lora-jax"],
+    }
+    save_peft(adapter, directory, plan, model_card="# Mine\n", overwrite=True)
+    assert (directory / "README.md").read_text() == "# Mine\n"
+    save_peft(adapter, tmp_path / "b", plan, model_card=False)
+    assert not (tmp_path / "b" / "README.md").exists()
+
+
+def test_torch_is_not_needed(directory: Path) -> None:
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import jax.numpy as jnp
+from lora_torch import load_peft, plan_peft, read_peft, save_peft
+from tests.interop.test_peft_files import PARAMS, X, fn
+plan = plan_peft({str(directory)!r}, fn, PARAMS, X)
+save_peft(load_peft({str(directory)!r}, plan), {str(directory.parent / "again")!r}, plan)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    one, two = (load_file(d / TENSORS) for d in (directory, directory.parent / "again"))
+    assert all(np.array_equal(one[k], two[k]) for k in one) and set(one) == set(two)
