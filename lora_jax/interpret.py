@@ -55,9 +55,11 @@ class Interpreter:
         outs = RULES[name](self, eqn, ins) if name in RULES else None
         if outs is not None:
             return outs
-        watched = [x for x in ins if is_virtual(x)]
         outs = _compat.bind(eqn, [self.dense(x, name) for x in ins])
-        return watched[0].kind.follow(watched[0], eqn, outs) if len(watched) == 1 else outs
+        same_shape = [x for x in ins if is_virtual(x) and x.base.shape == outs[0].shape]
+        if len({x.kind.name for x in same_shape}) != 1:
+            return outs
+        return same_shape[0].kind.follow(same_shape[0], eqn, outs)
 
     def dense(self, x: Any, primitive: str) -> Any:
         """`x` as an array; forming a weight in full is reported."""

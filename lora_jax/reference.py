@@ -45,7 +45,8 @@ def excess(got: Any, want: np.ndarray, bound: Any) -> float:
     if got.size == 0:
         return 0.0
     error = np.abs(got - want)
-    ratio = np.where(error == 0, 0.0, error / np.maximum(bound, np.finfo(np.float64).tiny))
+    with np.errstate(all="ignore"):
+        ratio = np.where(error == 0, 0.0, error / np.broadcast_to(bound, error.shape))
     return float(np.max(np.where(np.isnan(ratio), np.inf, ratio)))
 
 

@@ -31,6 +31,11 @@ class Atom:
     stride: int
     size: int
 
+    @property
+    def is_repeat(self) -> bool:
+        """Whether this stands for a dimension along which a view repeats the parameter."""
+        return self.stride == 0
+
 
 @dataclass(frozen=True)
 class Site:

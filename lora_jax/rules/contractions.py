@@ -97,6 +97,8 @@ def ragged_dot(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | No
 def gather(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     w, indices = ins
     picks = picks_of(eqn)
-    if is_virtual(indices) or not is_virtual(w) or not picks or any(len(w.dims[d]) != 1 for d in picks):
+    if is_virtual(indices) or not is_virtual(w) or not picks:
+        return None
+    if any(len(w.dims[d]) != 1 or w.dims[d][0].is_repeat for d in picks):
         return None
     return [w.kind.gather(w, picks, indices, eqn)]

@@ -8,13 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Literal
 
 from lora_jax import _compat
 from lora_jax.rules import rule
 from lora_jax.weights.virtual import Virtual, is_virtual
 
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMATS = ("remat", "remat2", "checkpoint")
 
-@rule("jit", "pjit", "closed_call", "core_call")
+
+@rule(*CALLS)
 def call(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(_compat.call_jaxpr(eqn.params))
     out = interpreter.run(jaxpr, consts, ins)
@@ -25,16 +29,43 @@ def call(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     ]
 
 
-@rule("remat", "remat2", "checkpoint")
+@rule(*REMATS)
 def remat(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     inside = interpreter.nested()
 
+    # Not `run_dense`: nnx.remat returns the module's parameters, and a view of them can leave as a view.
     def body(values: list[Any]) -> list[Any]:
-        return inside.run_dense(jaxpr, consts, values)
+        return inside.run(jaxpr, consts, values)
 
     wrapped = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return wrapped(list(ins))
+    return _with(wrapped(list(ins)), _returned(jaxpr, ins))
+
+
+def _returned(jaxpr: Any, ins: Sequence[Any]) -> dict[int, Any]:
+    """The virtual inputs that a body hands back untouched, by output."""
+    given = dict(zip(jaxpr.invars, ins, strict=True))
+    source = _sources(jaxpr)
+    handed = {i: given.get(source.get(v, v)) for i, v in enumerate(jaxpr.outvars) if not isinstance(v, Literal)}
+    return {i: x for i, x in handed.items() if is_virtual(x)}
+
+
+def _sources(jaxpr: Any) -> dict[Any, Any]:
+    """For each variable that a nested call hands through, the variable it stands for."""
+    source: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in CALLS + REMATS:
+            inner, _ = _compat.open_jaxpr(_compat.call_jaxpr(eqn.params))
+            inside, outside = _sources(inner), dict(zip(inner.invars, eqn.invars, strict=True))
+            for out, var in zip(eqn.outvars, inner.outvars, strict=True):
+                given = None if isinstance(var, Literal) else outside.get(inside.get(var, var))
+                if given is not None and not isinstance(given, Literal):
+                    source[out] = source.get(given, given)
+    return source
+
+
+def _with(outs: Sequence[Any], known: dict[int, Any]) -> list[Any]:
+    return [known.get(i, y) for i, y in enumerate(outs)]
 
 
 @rule("cond")
@@ -42,15 +73,21 @@ def cond(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     index, *operands = ins
     if is_virtual(index):
         return None
-    branches = []
-    for branch in eqn.params["branches"]:
-        jaxpr, consts = _compat.open_jaxpr(branch)
+    branches = [_compat.open_jaxpr(branch) for branch in eqn.params["branches"]]
+    kept = [_returned(jaxpr, operands) for jaxpr, _ in branches]
+    known = {i: x for i, x in kept[0].items() if all(other.get(i) is x for other in kept)}
+    computed = [i for i in range(len(eqn.outvars)) if i not in known]
 
-        def run(values: list[Any], jaxpr=jaxpr, consts=consts) -> list[Any]:
-            return interpreter.nested().run_dense(jaxpr, consts, values)
+    def branch(jaxpr: Any, consts: Sequence[Any]) -> Any:
+        def run(values: list[Any]) -> list[Any]:
+            inside = interpreter.nested()
+            out = inside.run(jaxpr, consts, values)
+            return [inside.dense(out[i], "cond") for i in computed]
 
-        branches.append(run)
-    return lax.switch(jnp.asarray(index, jnp.int32), branches, operands)
+        return run
+
+    outs = lax.switch(jnp.asarray(index, jnp.int32), [branch(*b) for b in branches], operands)
+    return [known[i] if i in known else outs[computed.index(i)] for i in range(len(eqn.outvars))]
 
 
 @rule("while")
@@ -61,9 +98,7 @@ def while_loop(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     body_jaxpr, body_outer = _compat.open_jaxpr(p["body_jaxpr"])
     cond_jaxpr, cond_outer = _compat.open_jaxpr(p["cond_jaxpr"])
     # A weight carried unchanged is a constant; one that changes has to be an array.
-    binders = body_jaxpr.invars[n_body:]
-    fixed = [i for i, x in enumerate(carry) if is_virtual(x) and body_jaxpr.outvars[i] is binders[i]]
-    moving = [i for i in range(len(carry)) if i not in fixed]
+    moving = _moving(body_jaxpr, n_body, carry)
     start = [interpreter.dense(carry[i], "while") for i in moving]
 
     def whole(values: Sequence[Any]) -> list[Any]:
@@ -72,17 +107,30 @@ def while_loop(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
             out[i] = value
         return out
 
-    def cond_fun(state: Any) -> Any:
-        return interpreter.nested().run_dense(cond_jaxpr, cond_outer, [*cond_consts, *whole(state[1])])[0]
+    def going(values: Sequence[Any]) -> Any:
+        return interpreter.nested().run_dense(cond_jaxpr, cond_outer, [*cond_consts, *whole(values)])[0]
 
     def body_fun(state: Any) -> Any:
         step, values = state
         inside = interpreter.nested(step)
         out = inside.run(body_jaxpr, body_outer, [*body_consts, *whole(values)])
-        return step + 1, [inside.dense(out[i], "while") for i in moving]
+        new = [inside.dense(out[i], "while") for i in moving]
+        # Under vmap the condition is one bit per row, and a row that is done keeps its values.
+        if rows := cond_jaxpr.outvars[0].aval.shape:
+            on = going(values)
+            masks = [jnp.broadcast_to(on.reshape(*rows, *(1,) * (y.ndim - len(rows))), y.shape) for y in new]
+            new = [lax.select(mask, y, x) for mask, y, x in zip(masks, new, values, strict=True)]
+        return step + 1, new
 
-    _, end = lax.while_loop(cond_fun, body_fun, (jnp.zeros((), jnp.int32), start))
+    _, end = lax.while_loop(lambda state: going(state[1]).any(), body_fun, (jnp.zeros((), jnp.int32), start))
     return whole(end)
+
+
+def _moving(body: Any, n_consts: int, carry: Sequence[Any]) -> list[int]:
+    """The carried values that are not weights handed on unchanged."""
+    rest = len(body.invars) - n_consts - len(carry)
+    same = _returned(body, [*[None] * n_consts, *carry, *[None] * rest])
+    return [i for i, x in enumerate(carry) if not (is_virtual(x) and same.get(i) is x)]
 
 
 @rule("scan")
@@ -92,10 +140,12 @@ def scan(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     jaxpr, outer = _compat.open_jaxpr(p["jaxpr"])
     n_consts, n_carry = _compat.scan_counts(p)
     consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    binders = jaxpr.invars[n_consts : n_consts + n_carry]
-    fixed = [i for i, x in enumerate(carry) if is_virtual(x) and jaxpr.outvars[i] is binders[i]]
-    moving = [i for i in range(n_carry) if i not in fixed]
+    moving = _moving(jaxpr, n_consts, carry)
     start = [interpreter.dense(carry[i], "scan") for i in moving]
+    # A stack handed back layer by layer is the stack (nnx.scan returns the module's parameters).
+    n_ys = len(jaxpr.outvars) - n_carry
+    same = {i - n_carry: x for i, x in _returned(jaxpr, [None] * (n_consts + n_carry) + list(xs)).items()}
+    stacked = [i for i in range(n_ys) if i not in same]
     stacks = [_Stack(x) if is_virtual(x) and len(x.dims[0]) <= 1 else _Rows(interpreter.dense(x, "scan")) for x in xs]
 
     def whole(values: Sequence[Any]) -> list[Any]:
@@ -109,15 +159,15 @@ def scan(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
         inside = interpreter.nested(step)
         layer = [stack.layer(row) for stack, row in zip(stacks, rows, strict=True)]
         out = inside.run(jaxpr, outer, [*consts, *whole(values), *layer])
-        dense = [inside.dense(y, "scan") for y in out[n_carry:]]
-        return [inside.dense(out[i], "scan") for i in moving], dense
+        rows = [inside.dense(out[n_carry + i], "scan") for i in stacked]
+        return [inside.dense(out[i], "scan") for i in moving], rows
 
     steps = jnp.arange(p["length"]) if interpreter.drops else None
     end, ys = lax.scan(
         body, start, (steps, [s.rows for s in stacks]),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
-    return [*whole(end), *ys]
+    return [*whole(end), *(same[i] if i in same else ys[stacked.index(i)] for i in range(n_ys))]
 
 
 class _Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,15 +68,19 @@ def squeeze(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
 
 
 @rule("broadcast_in_dim")
-def expand_dims(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    """New dimensions of size one; a real broadcast needs the array."""
-    w, shape, places = ins[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if math.prod(shape) != math.prod(w.base.shape):
+def broadcast(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """New dimensions: of size one, or repeating the weight (a vmapped `cond` does it), which no factor follows."""
+    if not _only_first(ins):
         return None
-    dims = [()] * len(shape)
-    for d, place in enumerate(places):
-        dims[place] = w.dims[d]
-    return [w.replace(base=_compat.bind(eqn, [w.base])[0], dims=tuple(dims))]
+    w, shape, places = ins[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    base = _compat.bind(eqn, [w.base])[0]
+    grown = tuple(d for d, place in enumerate(places) if w.base.shape[d] != shape[place])
+    source = {places[d]: () if d in grown else dim for d, dim in enumerate(w.dims)}
+    dims = [source.get(place, ()) for place in range(len(shape))]
+    gone = tuple((atom, "index") for d in grown for atom in w.dims[d])
+    w = w.replace(base=base, dims=tuple(dims), dropped=(*w.dropped, *gone))
+    repeated = [place for place, size in enumerate(shape) if size > 1 and not dims[place]]
+    return [w.repeated(repeated)]
 
 
 @rule("reshape")
@@ -102,7 +105,7 @@ def _regroup(w: Virtual, base: Any, shape: Sequence[int]) -> list[Any] | None:
             if left % length == 0:
                 dim.append(queue.pop(0))
                 left //= length
-            elif length % left == 0:
+            elif length % left == 0 and not atom.is_repeat:
                 w, (outer, inner) = w.split(atom, (left, length // left))
                 queue[0] = inner
                 dim.append(outer)
@@ -146,7 +149,10 @@ def dynamic_slice(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] |
         def cut(x: Any, axis: int, start=starts[d], size=size) -> Any:
             return lax.dynamic_slice_in_dim(x, start, size, axis)
 
-        w = w.sliced(cut(w.base, d), w.dims[d][0], size, cut)
+        atom = w.dims[d][0]
+        w = w.sliced(cut(w.base, d), atom, size, cut)
+        if size == 1:
+            w = w.picked(d)
     return [w]
 
 

@@ -34,17 +34,23 @@ class Lora:
     def name(self) -> str:
         return self.site.name
 
+    @property
+    def watches(self) -> bool:
+        return False
+
     def materialise(self, w: Virtual) -> jax.Array:
         """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
         wide = jnp.promote_types(w.base.dtype, jnp.float32)
-        delta = contract(
-            a.astype(wide), a_axes, b.astype(wide), b_axes, w.visible, precision=lax.Precision.HIGHEST
-        ).reshape(w.base.shape)
-        return (w.base.astype(wide) + self.site.scale * delta).astype(w.base.dtype)
+        own = tuple(atom for atom in w.visible if not atom.is_repeat)
+        delta = contract(a.astype(wide), a_axes, b.astype(wide), b_axes, own, precision=lax.Precision.HIGHEST)
+        if own != w.visible:
+            once = tuple(1 if atom.is_repeat else w.size(atom) for atom in w.visible)
+            delta = jnp.broadcast_to(delta.reshape(once), tuple(map(w.size, w.visible)))
+        return (w.base.astype(wide) + self.site.scale * delta.reshape(w.base.shape)).astype(w.base.dtype)
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
-        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        if dot.needs_array or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             return None
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
         summed = [atom for atom in dot.w if atom in dot.x and atom not in dot.y]
@@ -100,7 +106,7 @@ class Lora:
             factors[name], axes[name] = array, names
         if all(len(w.carriers(atom)) == 2 for atom in column):
             # A stack: the chosen matrices are still a low-rank weight.
-            gone = tuple((atom, "index") for atom in column)
+            gone = tuple((atom, "pick") for atom in column)
             return w.replace(
                 base=base, factors=factors, dims=rest, axes=tuple(axes.items()), dropped=(*w.dropped, *gone)
             )

@@ -70,6 +70,10 @@ class Probe:
     def name(self) -> str:
         return ".".join(self.record.path)
 
+    @property
+    def watches(self) -> bool:
+        return True
+
     def materialise(self, w: Virtual) -> jax.Array:
         return w.base
 
@@ -93,6 +97,8 @@ class Probe:
         else:
             roles = {**dict.fromkeys(summed, "i"), **dict.fromkeys(kept, "o"), **dict.fromkeys(batch, "l")}
             self._add("experts" if batch else "linear", w, roles)
+            if dot.needs_array:
+                self.seen_dense(w, "dot_general")
         return _result(eqn)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
@@ -113,7 +119,7 @@ class Probe:
         # Whether this was a lookup or the choice of a matrix is known only when the result is used.
         atoms = [w.dims[d][0] for d in picks]
         dims = rest_of_gather(w, picks, eqn, batch_atoms(min(atoms), eqn))
-        gone = tuple((atom, "index") for atom in atoms)
+        gone = tuple((atom, "pick") for atom in atoms)
         return w.replace(base=_result(eqn), dims=dims, dropped=(*w.dropped, *gone))
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
@@ -125,8 +131,13 @@ class Probe:
             return [w.replace(base=outs[0], kind=Probe(self.record, formed=True))]
         return outs
 
+    def seen_formed(self, w: Virtual, primitive: str) -> Virtual:
+        """Notes that `w` is formed in full here, and keeps watching it."""
+        self.seen_dense(w, primitive)
+        return w.replace(kind=Probe(self.record, formed=True))
+
     def _indexed(self, w: Virtual) -> list[Atom]:
-        return [atom for atom, how in w.dropped if how == "index" and atom.axis >= 0 and atom.size > 1]
+        return [atom for atom, how in w.dropped if how == "pick" and atom.axis >= 0 and atom.size > 1]
 
     def _add(self, op: str, w: Virtual, roles: dict[Atom, str], **details: Any) -> None:
         roles = {**{atom: "l" for atom, _ in w.dropped if atom.axis >= 0}, **roles}

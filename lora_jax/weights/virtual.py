@@ -8,7 +8,7 @@ the business of the `Kind`, which is asked when the weight meets a contraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,12 +38,22 @@ class DotGeneral:
     precision: Any
     preferred_element_type: Any
 
+    @property
+    def needs_array(self) -> bool:
+        """Whether the product keeps a dimension along which the weight only repeats itself."""
+        return any(atom.is_repeat and atom not in self.x for atom in self.w)
+
 
 class Kind(Protocol):
     """What the factors of a `Virtual` mean. Each method returns None where it has no fast path."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def watches(self) -> bool:
+        """Whether this is a parameter under observation, without values."""
+        ...
 
     def materialise(self, w: Virtual) -> jax.Array: ...
 
@@ -72,7 +82,8 @@ class Virtual:
     - `dims`: for each dimension of `base`, the atoms it is made of, outermost first.
     - `axes`: for each factor, the names of its axes (atoms, or strings such as the rank's).
     - `sizes`: present sizes of atoms that were sliced.
-    - `dropped`: atoms the view no longer shows, each with how it went: `"index"` or `"scan"`.
+    - `dropped`: atoms the view no longer shows, each with how it went: `"index"` (static), `"pick"` (by traced
+      indices) or `"scan"`.
     - `kind`: what the factors mean.
     """
 
@@ -111,8 +122,8 @@ class Virtual:
 
     @property
     def is_row(self) -> bool:
-        """Whether the view is rows picked by index: a looked-up embedding, which is data rather than a weight."""
-        picked = any(how == "index" and atom.size > 1 for atom, how in self.dropped)
+        """Whether the view is rows picked by traced indices: a looked-up embedding, which is data and no weight."""
+        picked = any(how == "pick" and atom.size > 1 for atom, how in self.dropped)
         return picked and len(self.own_axes) <= 1
 
     def size(self, atom: Atom) -> int:
@@ -142,6 +153,19 @@ class Virtual:
         gone = tuple((atom, "index") for d in dims for atom in self.dims[d])
         kept = tuple(dim for d, dim in enumerate(self.dims) if d not in dims)
         return self.replace(base=base, dims=kept, dropped=(*self.dropped, *gone))
+
+    def picked(self, dim: int) -> Virtual:
+        """The view after one position of a dimension was picked by a traced index; the dimension stays, as one."""
+        gone = tuple((atom, "pick") for atom in self.dims[dim])
+        return self.replace(dims=(*self.dims[:dim], (), *self.dims[dim + 1 :]), dropped=(*self.dropped, *gone))
+
+    def repeated(self, places: Sequence[int]) -> Virtual:
+        """The view with names for dimensions along which `base` repeats itself: atoms of no factor, of stride 0."""
+        lowest = min((atom.axis for atom in self.visible), default=0)
+        dims = list(self.dims)
+        for n, place in enumerate(places, start=1):
+            dims[place] = (Atom(min(lowest, 0) - n, 0, self.base.shape[place]),)
+        return self.replace(dims=tuple(dims))
 
     def split(self, atom: Atom, sizes: tuple[int, ...]) -> tuple[Virtual, tuple[Atom, ...]]:
         """The same view with `atom` replaced by one atom for each of `sizes`, outermost first; and those atoms."""

@@ -35,7 +35,7 @@ def formed_weights(adapted: Callable[..., Any], params: Any, adapter: Any, args:
 def copied_bases(adapted: Callable[..., Any], params: Any, adapter: Any, args: Any, size: int) -> list[str]:
     """Equations that stack, join, broadcast or update arrays of at least `size` elements made of the base alone."""
     jaxpr, tags = _tagged(adapted, params, adapter, args)
-    makers = {"concatenate", "broadcast_in_dim", "dynamic_update_slice", "scatter", "copy", "gather", "pad"}
+    makers = {"stack", "concatenate", "broadcast_in_dim", "dynamic_update_slice", "scatter", "copy", "gather", "pad"}
     return [
         str(eqn)
         for eqn, ins in walk(jaxpr, tags)
@@ -81,9 +81,9 @@ def _flow(jaxpr: Any, tags: list[Tags], visit: Callable[[Any], None]) -> list[Ta
 
     for eqn in jaxpr.eqns:
         ins = [read(v) for v in eqn.invars]
+        visit((eqn, ins))
         outs = _nested(eqn, ins, visit)
         if outs is None:
-            visit((eqn, ins))
             outs = [frozenset().union(*ins)] * len(eqn.outvars)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
