@@ -29,6 +29,8 @@ from .trees import Leaf
 
 # Alphas that went through a change of rank and back agree to rounding only.
 _SAME_ALPHA = 1e-9
+# Looking for near names compares every pair; after this many a reader has seen the pattern.
+_HINTS = 20
 
 
 def load_peft(
@@ -117,9 +119,10 @@ def _match_names(
         if module not in file.pairs:
             why = ", the same table: what changes its lookup alone has no form here" if name in place.heads else ""
             file.problems.append(f"missing: {PREFIX}{module}, for `{place.site.name}`{why}")
-    for module in file.pairs:
-        if module not in wanted:
-            file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{nearest(module, wanted)}")
+    unexpected = [module for module in file.pairs if module not in wanted]
+    for n, module in enumerate(unexpected):
+        hint = nearest(module, wanted) if n < _HINTS else ""
+        file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{hint}")
     full = {name: entry for entry in entries for name in entry.names}
     for name, entry in full.items():
         if name not in file.full:

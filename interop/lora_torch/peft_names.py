@@ -140,14 +140,13 @@ def _listed(stacks: Sequence[str] | Mapping[str, int]) -> Sequence[str]:
 
 def _unsplit(site: Site, target: Target) -> list[int]:
     """Lead axes of a site that its target leaves inside one tensor."""
-    leads = [atom.axis for atom in site.atoms_of("l")]
-    for layout in target.layouts[:1]:
-        try:
-            bound = layout.bind(site.shape, target.stack_axes)
-        except ValueError:
-            break
-        return [axis for axis in leads if axis not in bound.order[: len(bound.split_shape)]]
-    return [axis for axis in leads if axis not in target.stack_axes]
+    split: tuple[int, ...] = target.stack_axes
+    try:
+        bound = target.layouts[0].bind(site.shape, target.stack_axes)
+        split = bound.order[: len(bound.split_shape)]
+    except (IndexError, ValueError):
+        pass  # no layout of so many axes: `_place` says so
+    return [atom.axis for atom in site.atoms_of("l") if atom.axis not in split]
 
 
 def _roles(site: Site, target: Target, layout: Layout, group: tuple[str, ...]) -> set[str]:
@@ -174,6 +173,8 @@ def _place(site: Site, naming: Naming) -> Placement:
         raise ValueError(
             f"`{site.name}` is only a part of `{target.names[0]}`; PEFT adapts whole tensors. Leave it out."
         )
+    if site.op == "conv" and site.kernel_spec is None:
+        raise ValueError(f"`{site.name}`: this convolution reads a reshaped kernel, which PEFT cannot adapt.")
     layouts = [layout for layout in target.layouts if _accepts(site, target, layout)]
     if not layouts:
         raise ValueError(
@@ -216,8 +217,6 @@ def _place(site: Site, naming: Naming) -> Placement:
 
 def _accepts(site: Site, target: Target, layout: Layout) -> bool:
     """Whether a layout keeps in and out axes on torch axes of their own, and splits no in axis."""
-    if site.op == "conv" and site.kernel_spec is None:
-        raise ValueError(f"`{site.name}`: this convolution reads a reshaped kernel, which PEFT cannot adapt")
     groups = [_roles(site, target, layout, group) for group in layout.right if group != ("...",)]
     if ("...",) in layout.right and site.op != "conv":
         groups += [

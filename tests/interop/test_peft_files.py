@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -323,6 +324,16 @@ def test_overlapping_names_get_patterns_that_cannot_be_confused(tmp_path: Path) 
     for name, rank, alpha in (("q", 5, 3), ("inner.q", 2, 16)):
         assert theirs.rank_pattern.get(get_pattern_key(sorted(theirs.rank_pattern), name), theirs.r) == rank
         assert theirs.alpha_pattern.get(get_pattern_key(sorted(theirs.alpha_pattern), name), theirs.lora_alpha) == alpha
+
+
+def test_sites_of_both_kinds_of_scale_are_written_as_one(tmp_path: Path) -> None:
+    """PEFT's rsLoRA is a switch for all modules; alpha / rank says the same of each."""
+    plan = plan_of(target_modules=["q"], rank=4)
+    sites = (plan.sites[0], dataclasses.replace(plan.sites[1], alpha=6.0, rslora=True))
+    adapter = lj.Adapter(random_adapter(plan).to_dict(), sites)
+    config, _ = read_peft(save_peft(adapter, tmp_path / "a", plan))
+    assert "use_rslora" not in config and config["alpha_pattern"] == {"layers.1.q": 12}
+    assert [s.scale for s in load_peft(tmp_path / "a", plan.sites).sites] == [4.0, 3.0] == [s.scale for s in sites]
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
