@@ -40,7 +40,10 @@ def batch_atoms(atom: Atom, eqn: Any) -> tuple[Atom, ...]:
 
 
 def take_from_factor(array: jax.Array, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array:
-    """The gather of `eqn` applied to a factor: index dimensions first, then the factor's axes not in `picks`."""
+    """The gather of `eqn` applied to a factor: index dimensions first, then the factor's axes not in `picks`.
+
+    What the model fills in out of bounds (NaN, a given value) is the base's part; the factors add nothing to it.
+    """
     batch = indices.ndim - 1
     axes = tuple(sorted(picks))
     numbers = lax.GatherDimensionNumbers(
@@ -52,7 +55,7 @@ def take_from_factor(array: jax.Array, picks: Picks, indices: jax.Array, eqn: An
     sizes = tuple(1 if d in picks else n for d, n in enumerate(array.shape))
     return lax.gather(
         array, lax.concatenate(columns, batch), numbers, sizes,
-        mode=eqn.params["mode"], fill_value=eqn.params["fill_value"],
+        mode=eqn.params["mode"], fill_value=0,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from tests.core.harness import check, normal
+import lora_jax as lj
+from tests.core.harness import check, config, normal, random_adapter
 
 IDS = np.array([[3, 0, 6], [6, 6, 1]])
 TABLE = {"embedding": normal(7, 5)}
@@ -59,6 +60,22 @@ def test_tied_head(name, lookup_first):
 
     plan = check(fn, TABLE, IDS, normal(2, 3, 5))
     assert (plan.sites[0].op, plan.sites[0].a_shape, plan.sites[0].b_shape) == ("embedding", (7, 3), (3, 5))
+
+
+@pytest.mark.parametrize("fill", [None, 5.0])
+def test_out_of_bounds(fill):
+    """What stands for a row that is not there is the model's: NaN or the given value, without a delta."""
+    far = np.array([1, 70])
+
+    def fn(params, ids):
+        return jnp.take(table(params), ids, axis=0, mode="fill", fill_value=fill)
+
+    if fill is not None:
+        check(fn, TABLE, far)
+    plan = lj.plan(fn, TABLE, far, config=config())
+    adapted = lj.apply(fn, plan)(TABLE, random_adapter(plan, np.float32), far)
+    np.testing.assert_array_equal(adapted[1], np.full(5, np.nan if fill is None else fill, np.float32))
+    assert np.all(np.isfinite(adapted[0]))
 
 
 def test_one_hot_lookup_is_a_product():
