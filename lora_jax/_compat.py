@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Literal
 
 
@@ -67,3 +68,19 @@ def is_dynamic(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or (
         hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
     )
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes of an enclosing `shard_map` along which `x` may differ from device to device."""
+    aval = jax.typeof(x)
+    return getattr(aval, "vma", None) or getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+
+
+def vary_alike(*values: Any) -> tuple[Any, ...]:
+    """`values`, each typed as varying along every mesh axis along which any of them does (None stays None)."""
+    axes = frozenset().union(*(varying(x) for x in values if x is not None))
+    if not axes:
+        return values
+    # In a fixed order, so that equal programs lower equally.
+    missing = [() if x is None else tuple(sorted(axes - varying(x))) for x in values]
+    return tuple(lax.pcast(x, m, to="varying") if m else x for x, m in zip(values, missing, strict=True))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import _compat
 from lora_jax.ops.contract import Axes, contract
 from lora_jax.ops.dropout import dropout
 
@@ -67,8 +68,10 @@ def low_rank_contract(
     **Raises:** `ValueError` for an unknown `implementation`.
     """
     check_implementation(implementation)
+    # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
+    operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, _wide(x.dtype)))
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
-    return _traced_once(spec, x, w, first, second, jnp.asarray(scale, _wide(x.dtype)), key)
+    return _traced_once(spec, *operands, key)
 
 
 def check_implementation(implementation: str | None) -> None:

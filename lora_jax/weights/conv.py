@@ -44,7 +44,7 @@ def low_rank_conv(eqn: Any, x: jax.Array, dims: Dims, a: Named, b: Named, scale:
     kernel = reorder(a[0], a[1], order).reshape(shape).astype(x.dtype)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
-    down = lax.conv_general_dilated_p.bind(
+    down = lax.conv_general_dilated(
         x, kernel, **{**params, "preferred_element_type": jnp.promote_types(x.dtype, jnp.float32)}
     ).astype(x.dtype)
     # (..., groups * rank, ...) x (groups, rank, out / groups) on the feature axis.

@@ -1,0 +1,66 @@
+"""Checks for a process with two devices; each compares with the same model on merged parameters, unsharded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from tests.core.harness import config, merged_params, normal, random_adapter
+
+jax.config.update("jax_enable_x64", True)
+CONV = ("NWC", "WIO", "NWC")
+AUTO = jax.sharding.AxisType.Auto
+PARAMS = {"up": jnp.asarray(normal(6, 8), np.float64), "down": jnp.asarray(normal(8, 4), np.float64)}
+X = jnp.asarray(normal(4, 6), np.float64)
+MIX = jnp.asarray(normal(4, 4, seed=5), np.float64)
+
+
+def mlp(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def convolved(params: Any, x: jax.Array) -> jax.Array:
+    """The same with a convolution of width one in between."""
+    h = lax.conv_general_dilated(x[..., None, :] @ params["up"], params["mix"], (1,), "SAME", dimension_numbers=CONV)
+    return jnp.tanh(h)[..., 0, :] @ params["down"]
+
+
+def planned(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[lj.Plan, lj.Adapter]:
+    plan = lj.plan(fn, params, *args, config=config(dtype="float64"))
+    return plan, random_adapter(plan, np.float64)
+
+
+def close(got: Any, want: Any) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), got, want)
+
+
+def inside_shard_map() -> None:
+    """Data-parallel training: the whole adapted loss inside `shard_map`, parameters replicated, data split."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AUTO,))
+    kernels = PARAMS | {"mix": jnp.asarray(normal(1, 8, 8), np.float64)}
+    plan, adapter = planned(convolved, kernels, X)
+
+    def loss(params, adapter, x, mix):
+        return (lj.apply(convolved, plan)(params, adapter, x) * mix).sum()
+
+    def total(params, adapter, x, mix):
+        return lax.psum(loss(params, adapter, x, mix), "d")
+
+    sharded = jax.shard_map(total, mesh=mesh, in_specs=(P(), P(), P("d"), P("d")), out_specs=P())
+    got = jax.jit(jax.value_and_grad(sharded, argnums=(0, 1, 2)))(kernels, adapter, X, MIX)
+    close(got, jax.value_and_grad(loss, argnums=(0, 1, 2))(kernels, adapter, X, MIX))
+    grads_inside = jax.shard_map(
+        jax.grad(total, argnums=1), mesh=mesh, in_specs=(P(), P(), P("d"), P("d")), out_specs=P()
+    )  # fmt: skip
+    close(jax.jit(grads_inside)(kernels, adapter, X, MIX), got[1][1])
+    want = (mlp(merged_params(kernels, adapter), X) * MIX).sum()
+    close(got[0], want)
+    assert abs(got[0] - (convolved(kernels, X) * MIX).sum()) > 0.1
