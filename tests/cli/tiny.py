@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from lora_examples import bert, llama_linen
 from lora_examples.hf_export import write_llama
 from lora_examples.llama import LlamaConfig
 from lora_torch import to_torch_state_dict
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 NICE = ["good", "fine", "lovely", "warm", "witty"]
 POOR = ["bad", "dull", "awful", "cold", "silly"]
@@ -24,7 +25,7 @@ PLAIN = ["film", "plot", "the", "a", "is", "and", "actor", "scene", "music", "en
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<|endoftext|>"]
 
 LLAMA = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, head_dim=4, rope_theta=1e4,
 )  # fmt: skip
 
@@ -36,39 +37,51 @@ def tokenizer() -> Tokenizer:
     return made
 
 
+def random_params(like: Any) -> Any:
+    """Normal numbers of the size that keeps activations near one; norms start at one and biases at zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        kind = str(path[-1].key)
+        if kind in ("scale", "bias"):
+            return np.full(leaf.shape, float(kind == "scale"), np.float32)
+        return (rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[-2])).astype(np.float32)
+
+    return jax.tree.map_with_path(draw, like)
+
+
 def write_bert(directory: Path) -> Path:
-    """A Hugging Face directory of a random two-layer BERT without a head."""
+    """A Hugging Face directory of a random one-layer BERT without a head."""
     config = {
-        "model_type": "bert", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "model_type": "bert", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
         "intermediate_size": 24, "max_position_embeddings": 16, "type_vocab_size": 2, "hidden_act": "gelu",
         "layer_norm_eps": 1e-12, "architectures": ["BertModel"],
     }  # fmt: skip
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     model = bert.BertForSequenceClassification(bert.BertConfig.from_hf(config))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]["bert"]
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]["bert"]
+    params = random_params(like)
     save_file(to_torch_state_dict(params, preset="linen"), directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer().save(str(directory / "tokenizer.json"))
     return directory
 
 
 def write_reviews(path: Path, rows: int = 240) -> Path:
-    """Sentences of ten words; the label says whether nice or poor words are more."""
+    """Sentences of ten words; the label says whether nine of them are nice or poor."""
     rng = np.random.default_rng(0)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(rows):
-            words = [*rng.choice(NICE if i % 2 else POOR, 3), *rng.choice(PLAIN, 7)]
+            words = [*rng.choice(NICE if i % 2 else POOR, 9), *rng.choice(PLAIN, 1)]
             writer.writerow([" ".join(rng.permutation(words)), i % 2])
     return path
 
 
 def write_tiny_llama(directory: Path) -> Path:
-    """A Hugging Face directory of a random two-layer Llama."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = llama_linen.Llama(LLAMA).init(jax.random.key(0), tokens)["params"]
-    write_llama(directory, LLAMA, params, tokenizer())
+    """A Hugging Face directory of a random one-layer Llama."""
+    write_llama(directory, LLAMA, random_params(llama_linen.abstract_params(LLAMA)), tokenizer())
     return directory
 
 
@@ -101,7 +114,7 @@ def write_classification(folder: Path, **options: Any) -> Path:
     """A directory with model, data and `options.yaml`, of which the path is returned."""
     own = {
         "task": "classification", "model.path": str(write_bert(folder / "bert")),
-        "data.path": str(write_reviews(folder / "reviews.csv")), "data.length": 12, "data.batch_size": 8,
+        "data.path": str(write_reviews(folder / "reviews.csv")), "data.length": 12, "data.batch_size": 16,
         "data.held_out": 20, "optim.steps": 12, "optim.lr": 0.02, "optim.warmup_steps": 2, "eval_every": 6,
         "checkpoint_every": 4, "verify": "never", "lora.rank": 4,
         "lora.target_modules": ["query", "value"], "lora.modules_to_save": ["classifier"],
