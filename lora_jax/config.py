@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,13 +21,14 @@ class LoRAConfig:
 
     **Fields:**
 
-    - `rank`, `alpha`: delta = (alpha / rank) * A @ B; `use_rslora` divides by sqrt(rank) instead
+    - `rank`, `alpha`: delta = (alpha / rank) * A @ B, alpha not 0; `use_rslora` divides by sqrt(rank) instead
       (Kalajdzievski, arXiv:2312.03732).
     - `target_modules`: a list of names (each matches a dotted name that equals it or ends with `"." + name`)
       or wildcards (`"*.layers.0.*.q_proj"`); a string that is a full-match regular expression or a wildcard;
       or `"all-linear"`. Names are those of modules (the path without the parameter's own name) or of parameters.
     - `exclude_modules`: the same forms; wins over `target_modules`.
-    - `layers_to_transform`, `layers_pattern`: keep only these layer indices (suffix matches only), as in PEFT.
+    - `layers_to_transform`, `layers_pattern`: keep only these layers; an entry of `target_modules` that spells
+      out a whole name is kept in any layer, as in PEFT.
     - `rank_pattern`, `alpha_pattern`: `{pattern: value}`, first match wins; a pattern matches the end of a name.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
     - `dropout`: probability on the input of the low-rank branch, in [0, 1). Active only when a key is given.
@@ -54,49 +57,65 @@ class LoRAConfig:
     dtype: Any = "float32"
 
     def __post_init__(self) -> None:
-        _check_int("rank", self.rank)
-        _check_number("alpha", self.alpha)
-        object.__setattr__(self, "target_modules", _names("target_modules", self.target_modules))
+        set_ = functools.partial(object.__setattr__, self)
+        set_("rank", _whole("rank", self.rank, least=1))
+        set_("alpha", _alpha("alpha", self.alpha))
+        set_("target_modules", _names("target_modules", self.target_modules))
         if self.exclude_modules is not None:
-            object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+            set_("exclude_modules", _names("exclude_modules", self.exclude_modules))
         if isinstance(self.modules_to_save, str):
             raise TypeError(
                 f"`modules_to_save={self.modules_to_save!r}` is a string; write [{self.modules_to_save!r}]."
             )
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save or ()))
+        set_("modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
         self._check_layers()
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name, check in (("rank_pattern", functools.partial(_whole, least=1)), ("alpha_pattern", _alpha)):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise TypeError(f"`{name}` maps patterns to numbers, got {type(value).__name__}.")
-            for key, number in value.items():
-                (_check_int if name == "rank_pattern" else _check_number)(f"{name}[{key!r}]", number)
-            object.__setattr__(self, name, dict(value))
-        if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+            set_(name, {_regex(name, key): check(f"{name}[{key!r}]", number) for key, number in value.items()})
+        if not isinstance(self.use_rslora, bool | np.bool_):
+            raise TypeError(f"`use_rslora={self.use_rslora!r}`: write True or False.")
+        set_("use_rslora", bool(self.use_rslora))
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout={self.dropout!r}` must be a probability in [0, 1), e.g. 0.05.")
+        set_("dropout", _plain(self.dropout))
         if self.init not in INITS:
             raise ValueError(f"`init={self.init!r}` is unknown; {_did_you_mean(str(self.init), INITS)}")
-        object.__setattr__(self, "dtype", _float_dtype(self.dtype))
+        set_("dtype", _float_dtype(self.dtype))
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if isinstance(layers, bool):
-            raise ValueError(f"`layers_to_transform={layers}`: write layer numbers, such as 3 or [0, 1].")
-        if isinstance(layers, int):
-            layers = (layers,)
         if layers is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(layers))
-        if isinstance(self.layers_pattern, str):
-            object.__setattr__(self, "layers_pattern", (self.layers_pattern,))
-        elif self.layers_pattern is not None:
-            object.__setattr__(self, "layers_pattern", tuple(self.layers_pattern))
-        if self.layers_pattern and not self.layers_to_transform:
+            if isinstance(layers, str) or not isinstance(layers, Iterable):
+                layers = (layers,)
+            layers = tuple(_whole("layers_to_transform", i, least=0, hint="[0, 1]") for i in layers)
+            if not layers:
+                raise ValueError("`layers_to_transform` is empty, so nothing is left; write None to keep every layer.")
+            object.__setattr__(self, "layers_to_transform", layers)
+        lists = self.layers_pattern
+        if lists is not None:
+            object.__setattr__(
+                self, "layers_pattern", _names("layers_pattern", (lists,) if isinstance(lists, str) else lists)
+            )
+        if self.layers_pattern and layers is None:
             raise ValueError("`layers_pattern` names the list of layers; it needs `layers_to_transform`.")
-        if self.layers_to_transform and isinstance(self.target_modules, str):
+        if layers is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 "`layers_to_transform` needs a list in `target_modules`; with a regular expression, "
                 "put the layer numbers into the expression."
             )
+
+    # Of two patterns that match, the first counts: configurations that differ only in their order are not equal.
+    def _key(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return tuple(tuple(v.items()) if isinstance(v, Mapping) else v for v in values)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, LoRAConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def scale(self, rank: int, alpha: float) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
@@ -147,20 +166,58 @@ def _did_you_mean(word: str, choices: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}."
 
 
-def _check_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"`{name}={value!r}` must be a positive whole number, e.g. 8.")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, which JSON can hold."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _whole(name: str, value: Any, least: int, hint: str = "8") -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        kind = "a positive whole number" if least else "whole numbers, 0 or more"
+        raise ValueError(f"`{name}={value!r}` must be {kind}, e.g. {hint}.")
+    return int(value)
+
+
+def _alpha(name: str, value: Any) -> int | float:
+    if not _is_number(value) or not math.isfinite(value):
         raise ValueError(f"`{name}={value!r}` must be a finite number, e.g. 16.")
+    if value == 0:
+        raise ValueError(
+            f"`{name}={value!r}` multiplies every change by zero, so nothing could ever train; "
+            "leave modules out with `exclude_modules`."
+        )
+    return _plain(value)
+
+
+def _regex(name: str, key: Any) -> str:
+    if not isinstance(key, str) or not key:
+        raise TypeError(f"`{name}` maps names or regular expressions to numbers, got the key {key!r}.")
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except re.error as error:
+        raise ValueError(
+            f"`{name}` key {key!r} is not a regular expression ({error}). It is matched against the end of a name: "
+            r"write 'q_proj' for every q_proj, or 'layers\.0\..*q_proj'."
+        ) from None
+    return key
+
+
+_AT_LEAST_ONE = {
+    "target_modules": "name at least one module, or use 'all-linear'",
+    "exclude_modules": "name the modules to leave out, or write None",
+}
 
 
 def _names(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
         if not value:
-            raise ValueError(f"`{name}` is empty; name at least one module, or use 'all-linear'.")
+            raise ValueError(f"`{name}` is empty; {_AT_LEAST_ONE[name]}.")
+        if name == "exclude_modules" and value.lower() == "all-linear":
+            raise ValueError("`exclude_modules='all-linear'` would leave nothing; name the modules to leave out.")
         return value
     if not isinstance(value, Sequence | set | frozenset):
         raise TypeError(f"`{name}` takes a list of names or a string, got {type(value).__name__}.")
@@ -169,7 +226,12 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
     if bad:
         raise TypeError(f"`{name}` takes names, got {bad[0]!r}.")
     if not names and name == "target_modules":
-        raise ValueError("`target_modules` is empty; name at least one module, or use 'all-linear'.")
+        raise ValueError(f"`target_modules` is empty; {_AT_LEAST_ONE[name]}.")
+    if name == "target_modules" and (word := next((n for n in names if n.lower() == "all-linear"), None)):
+        raise ValueError(
+            f"`target_modules` lists {word!r}, which would be a module of that name; write the string itself, "
+            "target_modules='all-linear'."
+        )
     return names
 
 

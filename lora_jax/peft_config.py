@@ -79,12 +79,13 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         )
     if problems:
         raise ValueError("this PEFT configuration cannot be followed: " + "; ".join(problems) + ".")
+    layers = data.get("layers_to_transform")
     return LoRAConfig(
         rank=data.get("r", 8),
         alpha=data.get("lora_alpha", 8),
         target_modules=_targets(data),
         exclude_modules=data.get("exclude_modules") or None,
-        layers_to_transform=data.get("layers_to_transform"),
+        layers_to_transform=None if layers == [] else layers,  # PEFT's empty list is no filter
         layers_pattern=data.get("layers_pattern") or None,
         rank_pattern=data.get("rank_pattern") or {},
         alpha_pattern=data.get("alpha_pattern") or {},

@@ -83,6 +83,9 @@ class Site:
 
     @property
     def scale(self) -> float:
+        """What A @ B is multiplied by; 1 for a full copy, which has no factors."""
+        if self.is_full:
+            return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def atoms_of(self, role: str) -> tuple[Atom, ...]:

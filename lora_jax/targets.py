@@ -41,27 +41,31 @@ class Patterns:
     def all_linear(self) -> bool:
         return self.is_text and self.entries[0].lower() == ALL_LINEAR
 
-    def match(self, path: Sequence[str]) -> tuple[str, bool] | None:
-        """`(entry, exact)` for the first entry that names this parameter; `exact` if it is the whole name."""
+    def matches(self, path: Sequence[str]) -> list[tuple[str, bool]]:
+        """`(entry, exact)` for every entry that names this parameter.
+
+        `exact`: the entry spells out the whole name, or it is the regular expression; no layer filter applies.
+        """
         names = names_of(path)
         if self.is_text:
-            if self.all_linear or self._regex is None:
-                return None
-            return (self.entries[0], True) if any(self._regex.fullmatch(n) for n in names) else None
-        for entry in self.entries:
-            if entry in names:
-                return entry, True
-            if is_wildcard(entry):
-                if any(fnmatch.fnmatchcase(n, entry) for n in names):
-                    return entry, True
-            elif any(n.endswith("." + entry) for n in names):
-                return entry, False
-        return None
+            hit = self._regex is not None and any(self._regex.fullmatch(n) for n in names)
+            return [(self.entries[0], True)] if hit else []
+        return [(entry, entry in names) for entry in self.entries if _names_one_of(entry, names)]
+
+    def match(self, path: Sequence[str]) -> tuple[str, bool] | None:
+        """The entry that names this parameter, as `matches` gives it: an exact one if there is any."""
+        return min(self.matches(path), key=lambda found: not found[1], default=None)
 
     def names_literally(self, path: Sequence[str]) -> bool:
         """Whether an entry spells out the last part of this parameter's or its module's name."""
         parts = set(path[-2:])
         return any(parts & set(re.split(r"[^\w]+", entry)) for entry in self.entries)
+
+
+def _names_one_of(entry: str, names: Sequence[str]) -> bool:
+    if is_wildcard(entry):
+        return any(fnmatch.fnmatchcase(n, entry) for n in names)
+    return any(n == entry or n.endswith("." + entry) for n in names)
 
 
 def _compiled(text: str) -> re.Pattern[str]:
@@ -71,37 +75,53 @@ def _compiled(text: str) -> re.Pattern[str]:
         if is_wildcard(text):
             return re.compile(fnmatch.translate(text))
         raise ValueError(
-            f"`target_modules={text!r}` is neither a regular expression nor a wildcard; to name modules, "
-            f"write a list: [{text!r}]."
+            f"the target {text!r} is neither a regular expression nor a wildcard; to name modules, write a list: "
+            f"[{text!r}]."
         ) from None
 
 
-def in_layers(path: Sequence[str], config: LoRAConfig) -> bool:
-    """PEFT's layer filter: the first layer index in the name must be one of `layers_to_transform`."""
-    if not config.layers_to_transform:
-        return True
-    lists = config.layers_pattern
-    pattern = rf"(?:^|.*?\.)(?:{'|'.join(map(re.escape, lists))})\.(\d+)\." if lists else r".*?\.[^.]*\.(\d+)\."
+def layer_of(path: Sequence[str], config: LoRAConfig) -> tuple[int, str | None] | None:
+    """The layer that a parameter lies in, and the entry of `layers_pattern` that says so, if there are any.
+
+    The layer is the first number that is a part of the name, `7` in `model.layers.7.q` and in `layers_7.q`, or the
+    first one after an entry of `layers_pattern`.
+
+    **Source:** PEFT 0.21, which sees no layer in `layers.7.q`, where nothing stands before the list. In Flax such
+    names are the rule.
+    """
+    lists: Sequence[str | None] = tuple(config.layers_pattern or ()) or (None,)
     for name in names_of(path):
-        if found := re.match(pattern, name + "."):
-            return int(found.group(1)) in tuple(config.layers_to_transform)  # type: ignore[arg-type]
-    return False
-
-
-def saved_by(path: Sequence[str], entries: Iterable[str]) -> str | None:
-    """The entry of `modules_to_save` under which this parameter lives, on whole name parts."""
-    for entry in entries:
-        if any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", name) for name in names_of(path)):
-            return entry
+        for one in lists:
+            part = r"[^.]+" if one is None else re.escape(one)
+            if found := re.match(rf"(?:.*?\.)??{part}\.(\d+)\.", name + "."):
+                return int(found.group(1)), one
     return None
 
 
-def from_pattern(path: Sequence[str], pattern: dict[str, float]) -> str | None:
-    """The first key of `rank_pattern`/`alpha_pattern` that matches the end of this parameter's name."""
-    for key in pattern:
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in names_of(path)):
-            return key
-    return None
+def in_layers(path: Sequence[str], config: LoRAConfig) -> bool:
+    """Whether `layers_to_transform` lets this parameter through."""
+    layers = config.layers_to_transform
+    if layers is None:
+        return True
+    layer = layer_of(path, config)
+    return layer is not None and layer[0] in ((layers,) if isinstance(layers, int) else layers)
+
+
+def saved_by(path: Sequence[str], entries: Iterable[str]) -> list[str]:
+    """The entries of `modules_to_save` under which this parameter lives, on whole name parts."""
+    names = names_of(path)
+    return [e for e in entries if any(re.match(rf"(^|.*\.){re.escape(e)}($|\..*)", name) for name in names)]
+
+
+def pattern_keys(path: Sequence[str], pattern: Iterable[str]) -> list[str]:
+    """The keys of `rank_pattern`/`alpha_pattern` that match the end of this parameter's name; the first one counts."""
+    names = names_of(path)
+    return [key for key in pattern if any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+
+
+def from_pattern(path: Sequence[str], pattern: Iterable[str]) -> str | None:
+    """The key of `rank_pattern`/`alpha_pattern` that counts for this parameter."""
+    return next(iter(pattern_keys(path, pattern)), None)
 
 
 def nearest(entry: str, paths: Iterable[Sequence[str]], n: int = 3) -> str:
