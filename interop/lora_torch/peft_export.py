@@ -77,8 +77,7 @@ def bake(modules: Sequence[Module]) -> list[Module]:
         missing = rank - m.factors.rank
         b = (b.astype(np.float64) * m.factors.scale).astype(b.dtype)
         a, b = np.pad(a, [(0, missing), (0, 0)]), np.pad(b, [(0, 0), (0, missing)])
-        factors = Factors(np.ascontiguousarray(a), np.ascontiguousarray(b), 1.0)
-        out.append(replace(m, factors=factors, alpha=float(rank), rslora=False))
+        out.append(replace(m, factors=Factors(a, b, 1.0), alpha=float(rank), rslora=False))
     return out
 
 

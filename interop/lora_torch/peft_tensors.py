@@ -85,7 +85,7 @@ class Factors:
 
 
 def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Factors]:
-    """The factors of every module of one site, contiguous, in the dtypes given."""
+    """The factors of every module of one site in the dtypes given; views where that is possible."""
     site = place.site
     a_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("i"), RANK)
     b_axes: tuple[Axis, ...] = (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
@@ -100,13 +100,13 @@ def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Fact
             count = math.prod(atom.size for atom in place.experts)
             rows, columns = count * site.rank, math.prod(place.a_rest)
             factors = Factors(down.reshape(rows, columns), up.reshape(place.out_size, rows), site.scale, count)
-        out[name] = replace(factors, a=np.ascontiguousarray(factors.a), b=np.ascontiguousarray(factors.b))
+        out[name] = factors
     return out
 
 
 def tied(factors: Factors) -> Factors:
     """The factors of a linear head that uses the table of an embedding: the same product, transposed."""
-    return replace(factors, a=np.ascontiguousarray(factors.b.T), b=np.ascontiguousarray(factors.a.T))
+    return replace(factors, a=factors.b.T, b=factors.a.T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
     b = _take(
         b, (*lead, *place.experts, RANK, *fused, *place.outer), {}, (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     )
-    return Joined(np.ascontiguousarray(a), np.ascontiguousarray(b), rank, scale)
+    return Joined(a, b, rank, scale)
 
 
 def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[np.ndarray, np.ndarray]:
