@@ -40,8 +40,10 @@ def cast(tree: Any, dtype: Any) -> Any:
 
     def one(x: Any) -> Any:
         if isinstance(x, np.ndarray | np.generic | jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.asarray(np.asarray(x), dtype)
-        return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+            return jax.device_put(
+                np.asarray(x).astype(dtype)
+            )  # by numpy: jnp would compile a conversion for each shape
+        return jax.device_put(x) if isinstance(x, np.ndarray) else x
 
     return jax.tree.map(one, tree)
 
@@ -62,7 +64,7 @@ def merged_params(params: Any, adapter: lj.Adapter, times: float = 1.0, without:
             out.append(leaf)
         else:
             change = reference.delta(site, *adapter.factors(site))
-            out.append(jnp.asarray(np.asarray(leaf, np.float64) + times * change))
+            out.append(jax.device_put(np.asarray(leaf, np.float64) + times * change))
     return jax.tree.unflatten(tree, out)
 
 
@@ -72,7 +74,7 @@ def random_adapter(plan: lj.Plan, dtype: Any, seed: int = 7) -> lj.Adapter:
     for site in plan.sites:
         for factor, shape, terms in ((LORA_A, site.a_shape, site.fan_in), (LORA_B, site.b_shape, site.rank)):
             values = rng(seed, zlib.crc32(site.name.encode()), *shape).standard_normal(shape) / np.sqrt(terms)
-            leaves[site.leaf_path(factor)] = jnp.asarray(values, dtype)
+            leaves[site.leaf_path(factor)] = jax.device_put(values.astype(dtype))
     return lj.Adapter.from_leaves(leaves, plan.sites)
 
 
@@ -80,7 +82,7 @@ def zero_b(adapter: lj.Adapter) -> lj.Adapter:
     leaves = {}
     for site in adapter.sites:
         a, b = adapter.factors(site)
-        leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = a, jnp.zeros_like(b)
+        leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = a, jax.device_put(np.zeros(b.shape, b.dtype))
     return lj.Adapter.from_leaves(leaves, adapter.sites)
 
 
