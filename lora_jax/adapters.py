@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.sites import LORA_A, LORA_B, Site
 
@@ -48,6 +49,10 @@ class Adapter(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._tree)
+
+    # Mapping's equality would compare arrays element by element.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"Adapter({len(self.sites)} sites, {self.count():,} parameters)"
@@ -107,22 +112,42 @@ def expected_leaves(sites: tuple[Site, ...]) -> dict[tuple[str, ...], tuple[int,
 def as_adapter(tree: Any, sites: tuple[Site, ...]) -> Adapter:
     """Checks a tree of leaves (an `Adapter` or nested mappings) against `sites`.
 
-    **Raises:** `ValueError` naming every leaf that is missing, unexpected or of the wrong shape.
+    An `Adapter` has to adapt the same parameters, and keeps sites of its own: its rank, alpha and roles are
+    what its factors mean. Bare leaves take `sites`.
+
+    **Raises:** `ValueError` naming every parameter or leaf that is missing, unexpected or of the wrong shape;
+    `TypeError` for leaves that are no floating-point arrays.
     """
+    problems = []
+    if isinstance(tree, Adapter):
+        planned, own = ({site.path: site for site in group} for group in (sites, tree.sites))
+        problems += [f"`{planned[p].name}` is not in the adapter" for p in planned if p not in own]
+        problems += [f"`{own[p].name}` is not in the plan" for p in own if p not in planned]
+        problems += [
+            f"`{own[p].name}` is for shape {own[p].shape}, planned {planned[p].shape}"
+            for p in own
+            if p in planned and (own[p].shape, own[p].is_full) != (planned[p].shape, planned[p].is_full)
+        ]
+        sites, tree = tree.sites, tree._tree
     expected = expected_leaves(sites)
-    found = dict(_leaves(tree._tree if isinstance(tree, Adapter) else tree))
-    problems = [f"missing {_slash(p)} {expected[p]}" for p in expected if p not in found]
-    problems += [f"unexpected {_slash(p)}" for p in found if p not in expected]
-    problems += [
-        f"{_slash(p)} has shape {tuple(found[p].shape)}, expected {expected[p]}"
-        for p in expected
-        if p in found and hasattr(found[p], "shape") and tuple(found[p].shape) != expected[p]
-    ]
+    found = dict(_leaves(tree))
+    if not problems:
+        problems += [f"missing {_slash(p)} {expected[p]}" for p in expected if p not in found]
+        problems += [f"unexpected {_slash(p)}" for p in found if p not in expected]
+        problems += [
+            f"{_slash(p)} has shape {tuple(found[p].shape)}, expected {expected[p]}"
+            for p in expected
+            if p in found and hasattr(found[p], "shape") and tuple(found[p].shape) != expected[p]
+        ]
     if problems:
         raise ValueError(
             "the adapter does not fit the plan: " + "; ".join(problems) + ". Use the adapter that "
             "`plan.init` of this plan returns, or plan again with the config the adapter was made with."
         )
+    for path, leaf in found.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{_slash(path)} is {dtype or type(leaf).__name__}, not a floating-point array.")
     return Adapter.from_leaves({p: found[p] for p in expected}, sites)
 
 

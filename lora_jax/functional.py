@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,12 +32,14 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
 
     **Arguments of the result:**
 
-    - `params`: the base, unchanged; `adapter`: from `plan.init`, an `Adapter` or a nested dict of its leaves.
+    - `params`: the base, unchanged; `adapter`: an `Adapter` for the planned parameters, whose own rank, alpha and
+      roles count, or a nested dict of leaves as the plan has them.
     - `key`: a PRNG key turns dropout on (if the configuration has any); None turns it off.
 
     **Raises:** `ValueError` if parameters or adapter do not fit the plan, naming each leaf.
     """
     check_implementation(implementation)
+    _refuse_own_key(fn)
     expected = {(name, primitive) for name, primitive, _ in plan.materialised}
 
     def report(w: Virtual, primitive: str) -> None:
@@ -57,7 +60,7 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
         where = {path: i for i, path in enumerate(traced.paths)}
         inputs = list(traced.inputs)
         check_params(plan.sites, {p: inputs[i].shape for p, i in where.items()})
-        for site in plan.sites:
+        for site in adapter.sites:
             if not site.is_full:
                 i = where[site.path]
                 own = None if key is None else site_key(key, site.name)
@@ -67,6 +70,18 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
         return traced.rebuild(interpreter.run_dense(traced.jaxpr, traced.consts, inputs))
 
     return adapted
+
+
+def _refuse_own_key(fn: Callable[..., Any]) -> None:
+    try:
+        names = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return
+    if "key" in names:
+        raise ValueError(
+            "`fn` has an argument named `key`, which here means the key of the low-rank branch's dropout. Wrap it: "
+            "`lambda params, x, noise: fn(params, x, key=noise)`."
+        )
 
 
 def check_params(sites: tuple[Site, ...], shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 from flax.core import DenyList
+from flax.core.scope import in_filter, union_filters
 
 from lora_jax import functional, planning
 from lora_jax.adapters import Adapter
@@ -32,6 +35,7 @@ def adapt(
     method: Any = None,
     mutable: Any = False,
     axis_roles: Mapping[str, str] | None = None,
+    call: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[AdaptedModule, Adapter]:
     """Adapts a linen module, unmodified.
@@ -44,6 +48,7 @@ def adapt(
     - `variables`: the other collections the call needs (`"batch_stats"`, `"cache"` ...).
     - `rngs`, `mutable`: as in `model.apply`, where the example call needs them.
     - `axis_roles`: see `lora_jax.plan`.
+    - `call`: keyword arguments of the example call that have a name of this function's, e.g. `{"key": ...}`.
 
     **Returns:** `(adapted, adapter)`; apply as
     `adapted.apply({"params": params, "lora": adapter}, *args, rngs={"lora": key})`. Dropout on the low-rank
@@ -51,9 +56,9 @@ def adapt(
 
     **Raises:** as `lora_jax.plan`.
     """
+    inputs = (_others(variables or {}), _streams(rngs)[0], args, {**kwargs, **(call or {})})
     fn = _caller(model, method, mutable)
-    others = _others(variables or {})
-    plan = planning.plan(fn, params, others, _streams(rngs)[0], *args, config=config, axis_roles=axis_roles, **kwargs)
+    plan = planning.plan(fn, params, *inputs, config=config, axis_roles=axis_roles)
     return AdaptedModule(model, plan), plan.init(key, params)
 
 
@@ -92,8 +97,8 @@ class AdaptedModule:
                 )
         fn = _caller(self.module, method, mutable, capture_intermediates)
         streams, key = _streams(rngs)
-        call = functional.apply(fn, self.plan)
-        out = call(variables["params"], variables[LORA], _others(variables), streams, *args, key=key, **kwargs)
+        adapted = functional.apply(fn, self.plan)
+        out = adapted(variables["params"], variables[LORA], _others(variables), streams, args, kwargs, key=key)
         if mutable is True:
             y, updated = out
             return y, {**updated, "params": variables["params"], LORA: variables[LORA]}
@@ -122,7 +127,13 @@ class AdaptedModule:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("module", "plan"):
             raise AttributeError(name)
-        return getattr(self.module, name)
+        value = getattr(self.module, name)
+        if callable(value) and inspect.getattr_static(nn.Module, name, None) is not None:
+            raise AttributeError(
+                f"`{name}` would run the base without its adapter; for that, write `adapted.module.{name}`. Adapted "
+                "are `apply`, `init` and `bind`."
+            )
+        return value
 
 
 class Bound:
@@ -134,10 +145,7 @@ class Bound:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         def method(module: nn.Module, *inner_args: Any, **inner_kwargs: Any) -> Any:
-            target: Any = module
-            for name in self._path:
-                target = getattr(target, name)
-            return target(*inner_args, **inner_kwargs)
+            return self._walk(module)(*inner_args, **inner_kwargs)
 
         out = self._adapted.apply(
             self.variables, *args, rngs=self._rngs, method=method, mutable=self._mutable, **kwargs
@@ -151,27 +159,49 @@ class Bound:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if not self._path:
-            value = getattr(self._adapted.module, name, None)
-            if value is not None and not callable(value):
-                return value
-        return Bound(self._adapted, self.variables, self._rngs, self._mutable, (*self._path, name))
+        return self._step((getattr, name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._step((operator.getitem, index))
+
+    def _step(self, step: tuple[Any, Any]) -> Any:
+        """A plain value as it is; a method or submodule as another `Bound`, so that calling it runs adapted."""
+        deeper = Bound(self._adapted, self.variables, self._rngs, self._mutable, (*self._path, step))
+        collections = {name: value for name, value in self.variables.items() if name != LORA}
+        value = deeper._walk(self._adapted.module.bind(collections))
+        parts = jax.tree.leaves(value, is_leaf=_is_module)
+        return deeper if callable(value) or any(map(_is_module, parts)) else value
+
+    def _walk(self, module: Any) -> Any:
+        for get, name in self._path:
+            module = get(module, name)
+        return module
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
 
 
 def _caller(model: nn.Module, method: Any, mutable: Any, capture: Any = False) -> Callable[..., Any]:
-    if mutable is True:
-        mutable = DenyList(["params", LORA])
-    else:
-        named = [mutable] if isinstance(mutable, str) else mutable if isinstance(mutable, list | tuple | set) else []
-        if frozen := sorted({"params", LORA} & set(named)):
-            raise ValueError(f"{frozen} cannot be mutable: an adapted model trains them, it does not mutate them.")
+    mutable = _without_trained(mutable)
 
-    def fn(params: Any, others: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    def fn(params: Any, others: Any, rngs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         variables = {"params": params, **others}
         extra = {"capture_intermediates": capture} if capture else {}
         return model.apply(variables, *args, rngs=rngs, method=method, mutable=mutable, **extra, **kwargs)
 
     return fn
+
+
+def _without_trained(mutable: Any) -> Any:
+    """The filter `mutable` without `"params"` and `"lora"`; raises where it names them itself."""
+    if mutable is True:
+        return DenyList(["params", LORA])
+    if isinstance(mutable, DenyList):
+        return DenyList(union_filters(mutable.deny, ["params", LORA]))
+    if frozen := [name for name in ("params", LORA) if mutable is not False and in_filter(mutable, name)]:
+        raise ValueError(f"{frozen} cannot be mutable: an adapted model trains them, it does not mutate them.")
+    return mutable
 
 
 def _streams(rngs: Any) -> tuple[Any, jax.Array | None]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import tracing
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.functional import check_params
 from lora_jax.ops.contract import contract
 from lora_jax.sites import Site
@@ -30,6 +30,8 @@ def merge(params: Any, adapter: Adapter) -> Any:
 
 def unmerge(params: Any, adapter: Adapter) -> Any:
     """Takes a merged adapter out again. In half precision the base comes back up to one rounding.
+
+    Nothing in the parameters says what was merged: taking out what was never put in subtracts it all the same.
 
     **Raises:** as `merge`; and `ValueError` for `modules_to_save`, whose former values are not in the adapter.
     """
@@ -57,6 +59,7 @@ def _fold(params: Any, adapter: Adapter, sign: float) -> Any:
             f"`merge` needs an Adapter, which knows ranks and roles, got {type(adapter).__name__}; "
             "wrap a plain tree with `Adapter.from_leaves(leaves, plan.sites)`."
         )
+    adapter = as_adapter(adapter, adapter.sites)
     paths, leaves, tree = tracing.flatten_params(params)
     check_params(adapter.sites, {p: x.shape for p, x in zip(paths, leaves, strict=True)})
     _refuse_shared(paths, leaves, adapter)

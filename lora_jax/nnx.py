@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -11,7 +13,11 @@ from lora_jax import functional, planning
 from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.merging import merge as merge_params
+from lora_jax.nnx_call import BASE_PARAMS, Call, Item
 from lora_jax.planning import Plan
+
+# Attributes of the wrapper itself; every other one is the base's.
+OWN = frozenset({"base", "lora", "lora_plan", "lora_rngs", "deterministic"})
 
 
 def adapt(
@@ -21,6 +27,7 @@ def adapt(
     rngs: nnx.Rngs,
     method: str = "__call__",
     axis_roles: Mapping[str, str] | None = None,
+    call: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> AdaptedModule:
     """Adapts an nnx module, unmodified: the same arrays, the same state.
@@ -31,17 +38,25 @@ def adapt(
       Nothing is computed and no state of the model advances.
     - `rngs`: its `"lora"` stream (or the default) draws the factors and, later, dropout masks.
     - `axis_roles`: see `lora_jax.plan`.
+    - `call`: keyword arguments of the example call that have a name of this function's, e.g. `{"rngs": ...}`.
 
     **Returns:** a module that is called like `model`. Its factors are `nnx.LoRAParam`s:
     `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)`, `nnx.DiffState(0, nnx.LoRAParam)`. Dropout on the low-rank
     branch is on after `train()` (and at first), off after `eval()`.
 
-    **Raises:** as `lora_jax.plan`.
+    **Raises:** as `lora_jax.plan`; `ValueError` if the model holds `nnx.LoRAParam`s already.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    fn = _pure(graphdef, (), method)
-    plan = planning.plan(fn, params, rest, *args, config=config, axis_roles=axis_roles, **kwargs)
-    adapter = plan.init(rngs.lora(), params)
+    if present := [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))]:
+        names = ", ".join(f"`{'.'.join(map(str, path))}`" for path in present[:3])
+        raise ValueError(
+            f"the model already holds {len(present)} `nnx.LoRAParam`s ({names} ...), which an optimizer with "
+            "`wrt=nnx.LoRAParam` would train too. Merge them first (`lora_jax.nnx.merge`), or adapt the plain model."
+        )
+    example = Call(model, (), method, args, {**kwargs, **(call or {})})
+    plan = planning.plan(
+        example.fn, example.params, example.state, example.inputs, config=config, axis_roles=axis_roles
+    )
+    adapter = plan.init(rngs.lora(), example.params)
     return AdaptedModule(model, plan, adapter, nnx.Rngs(lora=rngs.lora()) if config.dropout > 0 else None)
 
 
@@ -59,8 +74,9 @@ class AdaptedModule(nnx.Module):
     """A base module and its factors.
 
     **Attributes:** `base`, the module as it was; `lora`, the factors (`nnx.LoRAParam`) nested by path. Every
-    other attribute is the base's: plain values as they are, methods and submodules so that calling them runs
-    adapted.
+    other attribute is the base's, for reading and for setting: plain values as they are, methods and submodules so
+    that calling them runs adapted. (A function that the base stores as a value and that closes over the base
+    runs unadapted: nothing tells it from any other.)
     """
 
     def __init__(self, base: nnx.Module, plan: Plan, adapter: Adapter, rngs: nnx.Rngs | None):
@@ -76,16 +92,27 @@ class AdaptedModule(nnx.Module):
 
     def __getattr__(self, name: str) -> Any:
         base = self.__dict__.get("base")
-        if base is None or name.startswith("__") or not hasattr(base, name):
+        if base is None or name in OWN or name.startswith("_") or not hasattr(base, name):
             raise AttributeError(f"neither the adapted module nor its base has an attribute {name!r}")
         return _reach(self, base, (), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN or name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Used by `nnx.view`: `deterministic=True` turns dropout on the low-rank branch off."""
+        if deterministic is not None and "lora_rngs" in self.__dict__:
+            self.deterministic = deterministic
 
 
 class _Part:
     """A submodule of an adapted module, reached by attribute or index; calls on it run adapted."""
 
     def __init__(self, owner: AdaptedModule, node: Any, path: tuple[Any, ...]):
-        self._owner, self._node, self._path = owner, node, path
+        vars(self).update(_owner=owner, _node=node, _path=path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self._owner, self._path, "__call__", args, kwargs)
@@ -93,27 +120,20 @@ class _Part:
     def __getattr__(self, name: str) -> Any:
         return _reach(self._owner, self._node, self._path, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._node, name, value)
+
     def __getitem__(self, index: Any) -> Any:
-        return _wrapped(self._owner, self._node[index], (*self._path, _Item(index)))
+        return _wrapped(self._owner, self._node[index], (*self._path, Item(index)))
 
     def __len__(self) -> int:
         return len(self._node)
 
     def __iter__(self) -> Any:
-        return (self[i] for i in range(len(self._node)))
+        return iter(self._node) if isinstance(self._node, Mapping) else (self[i] for i in range(len(self._node)))
 
     def __repr__(self) -> str:
         return f"adapted part {self._path} of {type(self._owner.base).__name__}"
-
-
-class _Item:
-    """A step of a path by index rather than by attribute."""
-
-    def __init__(self, index: Any):
-        self.index = index
-
-    def __repr__(self) -> str:
-        return f"[{self.index!r}]"
 
 
 def plan_of(model: AdaptedModule) -> Plan:
@@ -128,59 +148,58 @@ def adapter_of(model: AdaptedModule) -> Adapter:
 
 
 def set_adapter(model: AdaptedModule, adapter: Any) -> None:
-    """Puts other factors of the same shapes (an `Adapter` or nested dict) into the module, in place."""
+    """Puts other factors for the same parameters (an `Adapter` or a nested dict) into the module, in place.
+
+    An `Adapter` brings its own rank and alpha.
+
+    **Raises:** `ValueError` naming every leaf that does not fit.
+    """
     checked = as_adapter(adapter, plan_of(model).sites)
     state = nnx.state(model.lora, nnx.LoRAParam)
     nnx.replace_by_pure_dict(state, checked.to_dict())
     nnx.update(model.lora, state)
+    if checked.sites != plan_of(model).sites:
+        model.lora_plan = _Static(dataclasses.replace(plan_of(model), sites=checked.sites))
 
 
 def merge(model: AdaptedModule) -> nnx.Module:
     """A copy of the base with the factors folded in (see `lora_jax.merge`); the adapted module stays as it is."""
-    graphdef, params, rest = nnx.split(model.base, nnx.Param, ...)
-    return nnx.merge(graphdef, merge_params(params, adapter_of(model)), rest)
+    graphdef, params, rest = nnx.split(model.base, BASE_PARAMS, ...)
+    return nnx.clone(nnx.merge(graphdef, merge_params(params, adapter_of(model)), rest))
 
 
 def _reach(owner: AdaptedModule, node: Any, path: tuple[Any, ...], name: str) -> Any:
     value = getattr(node, name)
-    if getattr(value, "__self__", None) is node and callable(value):
+    by_class = inspect.getattr_static(type(node), name, None)
+    if name in vars(node) or by_class is None or not callable(value):
+        return _wrapped(owner, value, (*path, name))
+    if isinstance(by_class, staticmethod | classmethod | property):
+        return value
+    if by_class is inspect.getattr_static(nnx.Module, name, None):
+        return value  # train(), eval(), set_attributes() ... are about the module itself
 
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return _run(owner, path, name, args, kwargs)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return _run(owner, path, name, args, kwargs)
 
-        return method
-    return _wrapped(owner, value, (*path, name))
+    return method
 
 
 def _wrapped(owner: AdaptedModule, value: Any, path: tuple[Any, ...]) -> Any:
-    is_part = isinstance(value, nnx.Module | list | tuple) and not isinstance(value, nnx.Rngs)
-    holds_modules = isinstance(value, nnx.Module) or any(isinstance(v, nnx.Module) for v in value) if is_part else False
+    if isinstance(value, nnx.Module) and not isinstance(value, nnx.Rngs):
+        return _Part(owner, value, path)
+    holds_modules = isinstance(value, list | tuple) and any(isinstance(v, nnx.Module) for v in value)
     return _Part(owner, value, path) if holds_modules else value
 
 
 def _run(model: AdaptedModule, path: tuple[Any, ...], method: str, args: Any, kwargs: Any) -> Any:
-    graphdef, params, rest = nnx.split(model.base, nnx.Param, ...)
+    call = Call(model.base, path, method, args, kwargs)
     key = None
     if "lora_rngs" in model.__dict__ and not model.deterministic:
         key = model.lora_rngs.lora()
-    call = functional.apply(_pure(graphdef, path, method), plan_of(model))
-    out, state = call(params, adapter_of(model), rest, *args, key=key, **kwargs)
-    nnx.update(model.base, state)
+    adapted = functional.apply(call.fn, plan_of(model))
+    out, changes = adapted(call.params, adapter_of(model), call.state, call.inputs, key=key)
+    call.put_back(changes)
     return out
-
-
-def _pure(graphdef: Any, path: tuple[Any, ...], method: str) -> Callable[..., Any]:
-    """A call of the base as a function of its parameters and its other state, which it returns updated."""
-
-    def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        model = nnx.merge(graphdef, params, rest)
-        node: Any = model
-        for step in path:
-            node = node[step.index] if isinstance(step, _Item) else getattr(node, step)
-        out = node(*args, **kwargs) if method == "__call__" else getattr(node, method)(*args, **kwargs)
-        return out, nnx.split(model, nnx.Param, ...)[2]
-
-    return fn
 
 
 def _variables(tree: Mapping[str, Any]) -> nnx.Dict:
