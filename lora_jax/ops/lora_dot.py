@@ -36,7 +36,7 @@ def lora_dot(
     - `implementation`: `None` chooses; `"xla"` names the plain one.
 
     **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
-    `x @ a` and the result are each rounded once.
+    `x @ a`, `x @ kernel`, the branch and the sum are each rounded once.
 
     **Raises:** `ValueError` if inner dimensions disagree or the implementation is unknown.
 

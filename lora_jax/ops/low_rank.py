@@ -60,10 +60,12 @@ def low_rank_contract(
 ) -> jax.Array:
     """`contract(x, w) + scale * contract(contract(drop(x), first), second)`, of `x·w`'s dtype.
 
-    `first` and `second` are cast to `x`'s dtype; products accumulate in float32 and `x·first` is rounded once to
-    that dtype. `scale` is folded into `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the
-    weights and `x·first`, forms the gradient of `w` only where somebody asks for it, and nothing of the size of
-    `y` beyond the cotangent itself. Reverse mode only (a `custom_vjp`).
+    `first` and `second` are cast to `x`'s dtype; every product accumulates in float32 and is rounded on its own:
+    `x·first` to that dtype, then `x·w` and the branch to the result's dtype, and their sum once more (in bfloat16
+    an rms error of about 2.6e-3 of the result, where one rounding alone has 1.7e-3). `scale` is folded into
+    `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the weights and `x·first`, forms the
+    gradient of `w` only where somebody asks for it, and nothing of the size of `y` beyond the cotangent itself.
+    Reverse mode only (a `custom_vjp`).
 
     **Raises:** `ValueError` for an unknown `implementation`.
     """
