@@ -6,17 +6,27 @@ Two stacks are supported: jax 0.10.2 + flax 0.12.8 (Python 3.11) and jax >= 0.11
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax import lax
+from jax.extend import source_info_util
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """`(jaxpr, consts)` of an open or a closed jaxpr; jax 0.12 has one class for both."""
     consts = getattr(jaxpr, "consts", ())
     return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def live_part(jaxpr: Any) -> tuple[Any, list[bool]]:
+    """`jaxpr` (same inputs, same outputs) without what reaches no output, and which inputs do reach one."""
+    every = [True] * len(jaxpr.outvars)
+    _, used = partial_eval.dce_jaxpr(jaxpr, every)
+    return partial_eval.dce_jaxpr(jaxpr, every, instantiate=True)[0], list(used)
 
 
 def call_jaxpr(params: Mapping[str, Any]) -> Any:
@@ -30,6 +40,12 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # jax >= 0.12 keeps trees instead of counts
     return len(consts), len(carry)
+
+
+def named_as(eqn: Any) -> AbstractContextManager[None]:
+    """The `jax.named_scope`s and the source line of an equation, for what is computed in its place."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

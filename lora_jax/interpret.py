@@ -42,7 +42,8 @@ class Interpreter:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             ins = [_compat.read(env, v) for v in eqn.invars]
-            outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else _compat.bind(eqn, ins)
+            with _compat.named_as(eqn):
+                outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else _compat.bind(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [_compat.read(env, v) for v in jaxpr.outvars]
 
@@ -59,7 +60,9 @@ class Interpreter:
         same_shape = [x for x in ins if is_virtual(x) and x.base.shape == outs[0].shape]
         if len({x.kind.name for x in same_shape}) != 1:
             return outs
-        return same_shape[0].kind.follow(same_shape[0], eqn, outs)
+        # Of a weight and its own `stop_gradient` (a batched `cond` selects between the two), the one that trains.
+        w = min(same_shape, key=lambda x: x.kind.is_stopped)
+        return w.kind.follow(w, eqn, outs)
 
     def dense(self, x: Any, primitive: str) -> Any:
         """`x` as an array; forming a weight in full is reported."""

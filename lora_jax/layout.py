@@ -33,10 +33,12 @@ def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
     for use in uses:
         layout = _from_use(use, shape)
         if isinstance(layout, Layout):
-            return replace(layout, tied=any(_swaps(other, layout) for other in uses))
+            return replace(layout, tied=any(_swaps(other, layout) for other in [*uses, *record.stopped]))
         reasons.append(layout)
     if reasons:
         return reasons[0]
+    if record.stopped:
+        return "under stop_gradient: would never train"
     if record.dense:
         return f"never contracted (used by {', '.join(sorted({d.primitive for d in record.dense}))})"
     return "never used"

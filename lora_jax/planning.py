@@ -126,10 +126,13 @@ def plan(
             if path in records
             else "not floating point"
         )
+        if len(leaf.shape) > 1 and path in records and path in traced.unused and name not in (axis_roles or {}):
+            layouts[path] = traced.unused[path]
     if stated:
         raise ValueError(f"`axis_roles` names no parameter: {', '.join(sorted(stated))}.")
     leaves = {p: x for p, x in zip(traced.paths, traced.inputs, strict=False)}
     sites, rows = select(config, leaves, layouts)
+    _check_full(sites, traced.unused)
     formed = tuple(
         (site.name, dense.primitive, dense.shape)
         for site in sites
@@ -144,6 +147,17 @@ def plan(
             "`exclude_modules`, or accept it with `materialise='report'`."
         )
     return Plan(config, sites, rows, formed)
+
+
+def _check_full(sites: tuple[Site, ...], unused: Mapping[tuple[str, ...], str]) -> None:
+    """Raises on copies of `modules_to_save` that no training could change."""
+    problems = [
+        f"`{site.name}` {site.shape}: {unused[site.path]}" for site in sites if site.is_full and site.path in unused
+    ]
+    if problems:
+        raise ValueError(
+            "`modules_to_save` names parameters that cannot train: " + "; ".join(problems) + ". Leave them out."
+        )
 
 
 def _observe(fn: Any, params: Any, args: Any, kwargs: Any) -> tuple[dict[tuple[str, ...], Record], tracing.Traced]:

@@ -15,13 +15,17 @@ Path = tuple[str, ...]
 
 @dataclass
 class Traced:
-    """A traced call: `jaxpr(consts, inputs) -> flat outputs`, where the first inputs are the parameters."""
+    """A traced call: `jaxpr(consts, inputs) -> flat outputs`, where the first inputs are the parameters.
+
+    `unused` holds the parameters that reach no output, with the reason; `jaxpr` has no equations for them.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
     inputs: list[Any]
     paths: list[Path]
     rebuild: Callable[[Sequence[Any]], Any]
+    unused: dict[Path, str]
 
 
 def flatten_params(params: Any) -> tuple[list[Path], list[Any], Any]:
@@ -61,5 +65,12 @@ def trace(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapp
             filled[i] = value
         return jax.tree.unflatten(out_tree, filled)
 
-    jaxpr, consts = _compat.open_jaxpr(closed)
-    return Traced(jaxpr, consts, inputs, paths, rebuild)
+    whole, consts = _compat.open_jaxpr(closed)
+    jaxpr, live = _compat.live_part(whole)
+    read = {id(v) for eqn in whole.eqns for v in eqn.invars}
+    unused = {
+        path: "used, but reaches no output" if id(var) in read else "never used"
+        for path, var, alive in zip(paths, whole.invars, live, strict=False)
+        if not alive
+    }
+    return Traced(jaxpr, consts, inputs, paths, rebuild, unused)

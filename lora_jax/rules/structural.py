@@ -52,7 +52,7 @@ def convert(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
 def stop_gradient(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     """Stops the factors' gradient too: the model asked for none through the effective weight."""
     w = ins[0]
-    return [w.replace(base=lax.stop_gradient(w.base), factors=lax.stop_gradient(w.factors))]
+    return [w.kind.stopped(w.replace(base=lax.stop_gradient(w.base), factors=lax.stop_gradient(w.factors)))]
 
 
 @rule("transpose")

@@ -38,6 +38,10 @@ class Lora:
     def watches(self) -> bool:
         return False
 
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
     def materialise(self, w: Virtual) -> jax.Array:
         """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
@@ -120,6 +124,10 @@ class Lora:
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""
         return w.replace(base=factor(w.base), factors={**w.factors, "b": factor(w.factors["b"])})
+
+    def stopped(self, w: Virtual) -> Virtual:
+        """The gradient of base and factors was stopped on the way; nothing else changes."""
+        return w
 
     def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
         """Once formed, the weight is an array like any other."""

@@ -8,7 +8,7 @@ pair. Shapes and names cannot tell; the trace can.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -49,10 +49,11 @@ class Dense:
 
 @dataclass(eq=False)
 class Record:
-    """What one abstract run saw of one parameter."""
+    """What one abstract run saw of one parameter: `stopped` are the uses behind a `stop_gradient`."""
 
     path: tuple[str, ...]
     uses: dict[Use, None] = field(default_factory=dict)
+    stopped: dict[Use, None] = field(default_factory=dict)
     dense: dict[Dense, None] = field(default_factory=dict)
 
 
@@ -61,10 +62,12 @@ class Probe:
     """Kind of a parameter under observation; `record` is compared by identity.
 
     `formed`: this is a function of the weight, which has been noted as formed in full already.
+    `is_stopped`: no gradient flows back from here.
     """
 
     record: Record
     formed: bool = False
+    is_stopped: bool = False
 
     @property
     def name(self) -> str:
@@ -125,23 +128,27 @@ class Probe:
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base))
 
+    def stopped(self, w: Virtual) -> Virtual:
+        return w.replace(kind=replace(self, is_stopped=True))
+
     def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
         """Keeps watching a weight through an elementwise function of it: its axes still mean the same."""
         if eqn.primitive.name in ELEMENTWISE and tuple(outs[0].shape) == tuple(w.base.shape):
-            return [w.replace(base=outs[0], kind=Probe(self.record, formed=True))]
+            return [w.replace(base=outs[0], kind=replace(self, formed=True))]
         return outs
 
     def seen_formed(self, w: Virtual, primitive: str) -> Virtual:
         """Notes that `w` is formed in full here, and keeps watching it."""
         self.seen_dense(w, primitive)
-        return w.replace(kind=Probe(self.record, formed=True))
+        return w.replace(kind=replace(self, formed=True))
 
     def _indexed(self, w: Virtual) -> list[Atom]:
         return [atom for atom, how in w.dropped if how == "pick" and atom.axis >= 0 and atom.size > 1]
 
     def _add(self, op: str, w: Virtual, roles: dict[Atom, str], **details: Any) -> None:
         roles = {**{atom: "l" for atom, _ in w.dropped if atom.axis >= 0}, **roles}
-        self.record.uses[Use(op, tuple(sorted(roles.items())), **details)] = None
+        uses = self.record.stopped if self.is_stopped else self.record.uses
+        uses[Use(op, tuple(sorted(roles.items())), **details)] = None
 
 
 def _result(eqn: Any) -> jax.Array:

@@ -159,13 +159,16 @@ def test_a_branch_that_chooses_a_weight_forms_it():
 
 
 def test_stop_gradient():
-    """Stopped for the factors as it is for the weight, and only where the model says so."""
+    """Stopped for the factors as it is for the weight, and only where the model says so.
+
+    A plan leaves such a weight out, unless its axes are stated.
+    """
     params = cast(PARAMS, np.float32)
 
     def fn(p, x):
         return (jnp.tanh(x @ lax.stop_gradient(p["up"])) @ p["down"]).sum()
 
-    plan = lj.plan(fn, params, X, config=config())
+    plan = lj.plan(fn, params, X, config=config(), axis_roles={"up": "io"})
     assert not plan.materialised
     gradient = jax.grad(lj.apply(fn, plan), argnums=1)(params, random_adapter(plan, np.float32), X)
     assert not np.any(gradient["lora_A"]["up"]) and not np.any(gradient["lora_B"]["up"])
@@ -265,3 +268,19 @@ def test_debug_print_and_callbacks(capfd):
         want = np.asarray(fn(merged_params(cast(PARAMS, np.float64), adapter), jnp.asarray(X, np.float64)))
     bound = reference.tolerance(np.float32, 32) * np.abs(want).max()
     assert reference.excess(got, want, bound) <= 1 < reference.excess(fn(params, jnp.asarray(X)), want, bound)
+
+
+def test_named_scopes():
+    """A profile of the adapted model shows the names that a profile of the model shows."""
+
+    def fn(p, x):
+        with jax.named_scope("my_block"):
+            h = jax.jit(lambda w, x: jnp.tanh(x @ w))(p["up"], x)
+        with jax.named_scope("my_head"):
+            return h @ p["down"]
+
+    params = cast(PARAMS, np.float32)
+    plan = lj.plan(fn, params, X, config=config())
+    text = jax.jit(lj.apply(fn, plan)).lower(params, random_adapter(plan, np.float32), X).compile().as_text()
+    assert "my_block" in text and "my_head" in text
+    assert "my_block/my_head" not in text
