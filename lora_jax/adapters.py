@@ -32,7 +32,11 @@ class Adapter(Mapping[str, Any]):
 
     @classmethod
     def from_leaves(cls, leaves: Mapping[tuple[str, ...], Any], sites: tuple[Site, ...]) -> Adapter:
-        """Builds the nested tree from `{path: leaf}`."""
+        """Builds the nested tree from `{path: leaf}`.
+
+        **Raises:** `ValueError` if two sites need the same place in it.
+        """
+        check_places(sites)
         tree: dict[str, Any] = {}
         for path, leaf in leaves.items():
             node = tree
@@ -107,6 +111,25 @@ def expected_leaves(sites: tuple[Site, ...]) -> dict[tuple[str, ...], tuple[int,
             shapes[site.leaf_path(LORA_A)] = site.a_shape
             shapes[site.leaf_path(LORA_B)] = site.b_shape
     return shapes
+
+
+def check_places(sites: tuple[Site, ...]) -> None:
+    """Raises unless every leaf of an adapter with these sites has a place of its own in the tree."""
+    owners: dict[tuple[str, ...], Site] = {}
+    for site in sites:
+        for path in expected_leaves((site,)):
+            _refuse_clash(owners.setdefault(path, site), site, path)
+    for path, site in owners.items():
+        for end in range(1, len(path)):
+            _refuse_clash(owners.get(path[:end], site), site, path[:end])
+
+
+def _refuse_clash(one: Site, other: Site, path: tuple[str, ...]) -> None:
+    if one is not other:
+        raise ValueError(
+            f"`{one.name}` and `{other.name}` would both be stored at {_slash(path)} of the adapter: leave one out "
+            "with `exclude_modules` or of `modules_to_save`, or rename the parameter."
+        )
 
 
 def as_adapter(tree: Any, sites: tuple[Site, ...]) -> Adapter:

@@ -13,6 +13,8 @@ _BESIDE = ("a vector", "a scalar", "not floating point")
 # Reasons that hold for real weights only.
 _UNTRAINABLE = ("never used", "used, but reaches no output", "under stop_gradient")
 
+_VERBS = {"target_modules": "adapted", "modules_to_save": "trained"}
+
 
 def cannot_train(reason: str) -> bool:
     """Whether no gradient ever reaches a parameter with this reason not to adapt it."""
@@ -68,15 +70,16 @@ class Entries:
                 if cannot_train(reason) or path[-1] in adapted
             ]
             if lost:
-                out.append(f"`{field}` entry `{entry}` also names weights that cannot be adapted: {_some(lost)}")
+                out.append(
+                    f"`{field}` entry `{entry}` also names weights that cannot be {_VERBS[field]}: {_some(lost)}"
+                )
         return out
 
     def _why(self, field: str, entry: str, paths: Sequence[Path]) -> str:
         key = (field, entry)
         if refused := self._refused.get(key):
             lines = [f"`{'.'.join(path)}` {shape}: {reason}" for path, shape, reason in refused]
-            what = "adapted" if field == "target_modules" else "trained"
-            return f"`{field}` entry `{entry}` names only parameters that cannot be {what}: {_some(lines)}"
+            return f"`{field}` entry `{entry}` names only parameters that cannot be {_VERBS[field]}: {_some(lines)}"
         if reasons := self._stopped.get(key):
             return f"`{field}` entry `{entry}` has no effect: {_some(list(reasons))}"
         if field == "target_modules" and entry.lower() == targets.ALL_LINEAR:

@@ -63,7 +63,7 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
         for site in adapter.sites:
             if not site.is_full:
                 i = where[site.path]
-                own = None if key is None else site_key(key, site.name)
+                own = None if key is None else site_key(key, site)
                 a, b = adapter.factors(site)
                 inputs[i] = lora_weight(site, inputs[i], a, b, own, dropout_rate=rate, implementation=implementation)
         interpreter = Interpreter(report, drops=key is not None)

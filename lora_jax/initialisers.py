@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from lora_jax.sites import Site
 
 
 def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """`(lora_A, lora_B)` of one site, drawn from `key` and the site's name alone.
+    """`(lora_A, lora_B)` of one site, drawn from `key` and the site's path alone.
 
     - `"kaiming"`: A ~ U(±1/sqrt(fan_in)), B = 0 (PEFT's default: kaiming_uniform with a = sqrt(5)).
     - `"xavier"`: A ~ N(0, 2 / (fan_in + rank)), B = 0 (NeMo's default).
@@ -21,8 +20,15 @@ def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax
     - `"random"`: A ~ U(±1/sqrt(fan_in)), B ~ U(±1/sqrt(rank)) (PEFT's `init_lora_weights=False`).
 
     Embeddings have A = 0 and B ~ N(0, 1), as PEFT's, except with `"random"` and `"orthogonal"`.
+
+    **Raises:** `ValueError` for an odd rank with `"orthogonal"`, and for float64 without JAX's 64-bit mode.
     """
-    key_a, key_b = jax.random.split(jax.random.fold_in(key, zlib.crc32(site.name.encode())))
+    if dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"`{site.name}`: factors in float64 need JAX's 64-bit mode, or they would silently be float32: "
+            "`jax.config.update('jax_enable_x64', True)`, or plan with `dtype='float32'`."
+        )
+    key_a, key_b = jax.random.split(jax.random.fold_in(key, site.seed))
     a_shape, b_shape, rank = site.a_shape, site.b_shape, site.rank
     if init == "orthogonal":
         return _orthogonal(site, key_a, key_b, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 
 from lora_jax import _compat
 from lora_jax.rules import RULES
+from lora_jax.sites import Site
 from lora_jax.weights.virtual import Virtual, is_virtual
 
 Report = Callable[[Virtual, str], None]
@@ -85,6 +85,6 @@ class Interpreter:
         return key
 
 
-def site_key(key: jax.Array, name: str) -> jax.Array:
-    """The dropout key of one parameter; depends on its name only, not on what else is adapted."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+def site_key(key: jax.Array, site: Site) -> jax.Array:
+    """The dropout key of one parameter; depends on its path only, not on what else is adapted."""
+    return jax.random.fold_in(key, site.seed)

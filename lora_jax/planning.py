@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tracing
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, check_places
 from lora_jax.config import LoRAConfig
 from lora_jax.initialisers import init_factors
 from lora_jax.interpret import Interpreter
@@ -114,6 +114,11 @@ def plan(
         raise TypeError(f"`config` must be a LoRAConfig, got {type(config).__name__}.")
     if materialise not in ("report", "error"):
         raise ValueError(f"`materialise={materialise!r}`: write 'report' or 'error'.")
+    if jax.tree_util.all_leaves([params]):
+        raise TypeError(
+            f"`params` is a bare {type(params).__name__}, and a parameter needs a name: wrap it in a dictionary, "
+            "such as {'kernel': ...}, and let the function take that."
+        )
     records, traced = _observe(fn, params, args, kwargs)
     stated = dict(axis_roles or {})
     layouts = {}
@@ -124,6 +129,8 @@ def plan(
             if name in stated
             else layout_of(records[path], tuple(leaf.shape))
             if path in records
+            else "a scalar"
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
             else "not floating point"
         )
         if len(leaf.shape) > 1 and path in records and path in traced.unused and name not in (axis_roles or {}):
@@ -132,6 +139,7 @@ def plan(
         raise ValueError(f"`axis_roles` names no parameter: {', '.join(sorted(stated))}.")
     leaves = {p: x for p, x in zip(traced.paths, traced.inputs, strict=False)}
     sites, rows = select(config, leaves, layouts)
+    check_places(sites)
     _check_full(sites, traced.unused)
     formed = tuple(
         (site.name, dense.primitive, dense.shape)

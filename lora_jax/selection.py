@@ -169,6 +169,7 @@ class _Chooser:
         problems = self.entries.without_effect(paths)
         catch_all = self.targets.is_text and all(map(self.targets.matches, paths))
         problems += self.entries.skipped("target_modules", catch_all or self.targets.all_linear)
+        problems += self.entries.skipped("modules_to_save", catch_all=False)
         problems += [] if problems else self._empty_layers()
         if problems:
             raise ValueError(

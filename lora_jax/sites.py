@@ -12,6 +12,7 @@ Letters used throughout the library:
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +77,14 @@ class Site:
     def module(self) -> str:
         """Dotted name of the module that owns the parameter."""
         return ".".join(self.path[:-1])
+
+    @property
+    def seed(self) -> int:
+        """What tells this parameter's random numbers from another's: a function of its path only.
+
+        Joined by a character that no name has, unlike the dot: `("a.b",)` is another path than `("a", "b")`.
+        """
+        return zlib.crc32("\x1f".join(self.path).encode())
 
     @property
     def is_full(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_jax.planning import Plan
+    from lora_jax.sites import Site
 
 HEADER = ("parameter", "op", "shape", "roles", "rank", "lora_A", "lora_B", "parameters", "note")
 
@@ -23,16 +24,26 @@ def plan_table(plan: Plan) -> str:
         elif site.is_full:
             lines.append((row.name, "full", _shape(row.shape), "", "", "", "", f"{site.parameters:,}", row.note))
         else:
-            note = f"formed in full by {', '.join(sorted(formed[row.name]))}" if row.name in formed else ""
+            notes = [f"formed in full by {', '.join(sorted(formed[row.name]))}"] if row.name in formed else []
             if site.rank >= min(site.fan_in, site.fan_out):
-                note = f"{note}; " * bool(note) + f"rank is not below min(in, out) = {min(site.fan_in, site.fan_out)}"
+                notes.append(f"rank is not below min(in, out) = {min(site.fan_in, site.fan_out)}")
+            if shared := _one_a_for_all(site):
+                notes.append(shared)
             lines.append(
                 (row.name, site.op, _shape(_sizes(row)), _roles(row), str(site.rank), _shape(site.a_shape),
-                 _shape(site.b_shape), f"{site.parameters:,}", note)
+                 _shape(site.b_shape), f"{site.parameters:,}", "; ".join(notes))
             )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], plan.summary()])
+
+
+def _one_a_for_all(site: Site) -> str:
+    """A word on weights such as (heads, in, out) and (members, in, out), which the trace cannot tell apart."""
+    axes = [atom.axis for atom in site.atoms]
+    if site.op != "linear" or site.roles[:2] != "oi" or "o" not in site.roles[2:] or len(set(axes)) < len(axes):
+        return ""
+    return f"axis 0 shares one lora_A; one for each: axis_roles={{{site.name!r}: {'l' + site.roles[1:]!r}}}"
 
 
 def _sizes(row) -> tuple[int, ...]:

@@ -307,3 +307,5 @@ def test_only_what_can_train_is_saved() -> None:
     assert "`step` names only parameters that cannot be trained: `step.count` (3,): not floating point" in text
     text = refusal(skip=("layers_1.k",), target_modules=["q"], modules_to_save=["layers_1.k"])
     assert "cannot be trained: `m.layers_1.k.kernel` (4, 4): never used" in text
+    text = refusal(skip=("layers_1.k",), target_modules=["q"], modules_to_save=["k"])
+    assert "`k` also names weights that cannot be trained: `m.layers_1.k.kernel` (4, 4): never used" in text
