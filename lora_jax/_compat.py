@@ -88,7 +88,10 @@ def is_dynamic(leaf: Any) -> bool:
 
 def varying(x: Any) -> frozenset[str]:
     """The mesh axes of an enclosing `shard_map` along which `x` may differ from device to device."""
-    aval = jax.typeof(x)
+    return _axes(jax.typeof(x))
+
+
+def _axes(aval: Any) -> frozenset[str]:
     return getattr(aval, "vma", None) or getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
 
 
@@ -100,3 +103,13 @@ def vary_alike(*values: Any) -> tuple[Any, ...]:
     # In a fixed order, so that equal programs lower equally.
     missing = [() if x is None else tuple(sorted(axes - varying(x))) for x in values]
     return tuple(lax.pcast(x, m, to="varying") if m else x for x, m in zip(values, missing, strict=True))
+
+
+def zeros_of(aval: Any) -> Any:
+    """Zeros of exactly this type: its shape and dtype, and how it varies or is split over a mesh."""
+    sharding = aval.sharding
+    explicit = jax.sharding.AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
+    zero = lax.full((), 0, aval.dtype)
+    zeros = lax.broadcast_in_dim(zero, aval.shape, (), out_sharding=sharding if explicit else None)
+    axes = tuple(sorted(_axes(aval)))
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros

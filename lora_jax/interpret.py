@@ -62,7 +62,7 @@ class Interpreter:
             return outs
         # Of a weight and its own `stop_gradient` (a batched `cond` selects between the two), the one that trains.
         w = min(same_shape, key=lambda x: x.kind.is_stopped)
-        return w.kind.follow(w, eqn, outs)
+        return w.kind.follow(w, eqn, outs, alone=len(same_shape) == len(ins))
 
     def dense(self, x: Any, primitive: str) -> Any:
         """`x` as an array; forming a weight in full is reported."""

@@ -28,16 +28,17 @@ def layout_of(record: Record, shape: tuple[int, ...]) -> Layout | str:
     """The layout of a parameter, or the reason why it has none."""
     if len(shape) < 2:
         return "a vector"
-    uses = sorted(record.uses, key=_names_sides)
+    uses = sorted(record.all_uses(stopped=False), key=_names_sides)
+    stopped = record.all_uses(stopped=True)
     reasons = []
     for use in uses:
         layout = _from_use(use, shape)
         if isinstance(layout, Layout):
-            return replace(layout, tied=any(_swaps(other, layout) for other in [*uses, *record.stopped]))
+            return replace(layout, tied=any(_swaps(other, layout) for other in [*uses, *stopped]))
         reasons.append(layout)
     if reasons:
         return reasons[0]
-    if record.stopped:
+    if stopped:
         return "under stop_gradient: would never train"
     if record.dense:
         return f"never contracted (used by {', '.join(sorted({d.primitive for d in record.dense}))})"

@@ -26,12 +26,13 @@ def dot_general(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | N
 def _one_weight(interpreter: Any, ins: Sequence[Any]) -> list[Any]:
     """Where two parameters meet, one is data: a looked-up row (`embed[tokens] @ kernel`), a learnt query.
 
-    Failing a row, the one with fewer axes, then the first. Both are arrays where one object stands on both sides.
+    Failing a row, what was formed from parameters, then the one with fewer axes, then the first. Both are arrays
+    where one object stands on both sides.
     """
     both = [x for x in ins if is_virtual(x)]
     if len(both) < 2:
         return list(ins)
-    data = min(both, key=lambda w: (not w.is_row, len(w.own_axes)))
+    data = min(both, key=lambda w: (not w.is_row, not w.kind.is_formed, len(w.own_axes)))
     return [interpreter.dense(x, "dot_general") if x is data else x for x in ins]
 
 

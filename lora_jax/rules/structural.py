@@ -215,3 +215,16 @@ def times_scalar(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | 
         return None
     out = w.kind.times(w, lambda x: x / c.astype(x.dtype) if div else x * jnp.asarray(c).astype(x.dtype))
     return None if out is None else [out]
+
+
+@rule("concatenate", "pad", "stack")
+def join(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
+    """Formed in full. Under observation, parameters written side by side are watched on through the whole."""
+    pieces = ins[:1] if eqn.primitive.name == "pad" else ins
+    if not all(is_virtual(x) and x.kind.watches and not x.is_row for x in pieces):
+        return None
+    (whole,) = _compat.bind(eqn, [interpreter.dense(x, eqn.primitive.name) for x in ins])
+    if eqn.primitive.name == "stack":  # adds a dimension, which shows none of the pieces' atoms
+        at = eqn.params["axis"]
+        pieces = [x.replace(dims=(*x.dims[:at], (), *x.dims[at:])) for x in pieces]
+    return [pieces[0].kind.joined(pieces, whole)]

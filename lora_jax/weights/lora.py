@@ -42,6 +42,10 @@ class Lora:
     def is_stopped(self) -> bool:
         return False
 
+    @property
+    def is_formed(self) -> bool:
+        return False
+
     def materialise(self, w: Virtual) -> jax.Array:
         """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
@@ -129,7 +133,7 @@ class Lora:
         """The gradient of base and factors was stopped on the way; nothing else changes."""
         return w
 
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
         """Once formed, the weight is an array like any other."""
         return outs
 

@@ -7,16 +7,16 @@ pair. Shapes and names cannot tell; the trace can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from lora_jax import _compat
 from lora_jax.sites import Atom
 from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import Dims, DotGeneral, Virtual
 
 # Not add or sub: a bias is added to activations, and is no weight.
 ELEMENTWISE = frozenset(
@@ -47,26 +47,65 @@ class Dense:
     lookup: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """That a view of a parameter became a part of a larger array, each dimension lying along the same one of it."""
+
+    whole: Record
+    dims: Dims
+    dropped: tuple[tuple[Atom, str], ...]
+    is_stopped: bool
+
+    def uses(self, stopped: bool) -> list[Use]:
+        """The uses of the larger array in terms of the parameter; none for a dimension of several roles."""
+        found = self.whole.all_uses(False) if stopped == self.is_stopped else []
+        found = [*found, *(self.whole.all_uses(True) if stopped else [])]
+        return [use for other in found if (use := self._translated(other)) is not None]
+
+    def _translated(self, use: Use) -> Use | None:
+        letters: dict[int, set[str]] = {}
+        for atom, letter in use.roles:
+            letters.setdefault(atom.axis, set()).add(letter)
+        if any(len(letters.get(d, "l")) > 1 for d, dim in enumerate(self.dims) if dim):
+            return None
+        roles = {atom: "l" for atom, _ in self.dropped if atom.axis >= 0}
+        roles |= {
+            atom: min(letters.get(d, "l")) for d, dim in enumerate(self.dims) for atom in dim if atom.axis >= 0
+        }  # fmt: skip
+        single = all(len(dim) == 1 and dim[0].stride == 1 for dim in self.dims)
+        spec = tuple(self.dims[d][0].axis for d in use.kernel_spec) if use.kernel_spec and single else None
+        return replace(use, roles=tuple(sorted(roles.items())), kernel_spec=spec)
+
+
 @dataclass(eq=False)
 class Record:
-    """What one abstract run saw of one parameter: `stopped` are the uses behind a `stop_gradient`."""
+    """What one abstract run saw of one parameter: `stopped` are the uses behind a `stop_gradient`.
+
+    `parts`: the larger arrays that the parameter was made a part of.
+    """
 
     path: tuple[str, ...]
     uses: dict[Use, None] = field(default_factory=dict)
     stopped: dict[Use, None] = field(default_factory=dict)
     dense: dict[Dense, None] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+
+    def all_uses(self, stopped: bool) -> list[Use]:
+        """The uses by itself, then those as a part of something."""
+        own = self.stopped if stopped else self.uses
+        return list(dict.fromkeys([*own, *(use for part in self.parts for use in part.uses(stopped))]))
 
 
 @dataclass(frozen=True)
 class Probe:
     """Kind of a parameter under observation; `record` is compared by identity.
 
-    `formed`: this is a function of the weight, which has been noted as formed in full already.
+    `is_formed`: this is a function of the weight, which has been noted as formed in full already.
     `is_stopped`: no gradient flows back from here.
     """
 
     record: Record
-    formed: bool = False
+    is_formed: bool = False
     is_stopped: bool = False
 
     @property
@@ -87,7 +126,7 @@ class Probe:
         picked = bool(indexed) and any(atom.axis < 0 for atom in w.visible)
         if own and (picked or w.is_row):
             self._add("embedding", w, {**dict.fromkeys(own, "o"), **dict.fromkeys(indexed, "i")})
-        if not w.is_row and not self.formed:
+        if not w.is_row and not self.is_formed:
             self.record.dense[Dense(primitive, tuple(w.base.shape), picked)] = None
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array:
@@ -131,16 +170,28 @@ class Probe:
     def stopped(self, w: Virtual) -> Virtual:
         return w.replace(kind=replace(self, is_stopped=True))
 
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any]) -> list[Any]:
-        """Keeps watching a weight through an elementwise function of it: its axes still mean the same."""
-        if eqn.primitive.name in ELEMENTWISE and tuple(outs[0].shape) == tuple(w.base.shape):
-            return [w.replace(base=outs[0], kind=replace(self, formed=True))]
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
+        """Keeps watching a weight through an elementwise function of it: its axes still mean the same.
+
+        `alone`: of nothing else, so that a sum is one of the weight with itself (a straight-through estimator).
+        """
+        follows = eqn.primitive.name in ELEMENTWISE or (alone and eqn.primitive.name in ("add", "sub"))
+        if follows and tuple(outs[0].shape) == tuple(w.base.shape):
+            return [w.replace(base=outs[0], kind=replace(self, is_formed=True))]
         return outs
 
     def seen_formed(self, w: Virtual, primitive: str) -> Virtual:
         """Notes that `w` is formed in full here, and keeps watching it."""
         self.seen_dense(w, primitive)
-        return w.replace(kind=replace(self, formed=True))
+        return w.replace(kind=replace(self, is_formed=True))
+
+    def joined(self, pieces: Sequence[Virtual], whole: Any) -> Virtual:
+        """The array that `pieces` were written into side by side: what it is used for, they are used for."""
+        record = Record(self.record.path)
+        for w in pieces:
+            assert isinstance(w.kind, Probe)
+            w.kind.record.parts.append(Part(record, w.dims, w.dropped, w.kind.is_stopped))
+        return replace(probe_weight(self.record.path, whole), kind=Probe(record, is_formed=True))
 
     def _indexed(self, w: Virtual) -> list[Atom]:
         return [atom for atom, how in w.dropped if how == "pick" and atom.axis >= 0 and atom.size > 1]
@@ -153,8 +204,7 @@ class Probe:
 
 def _result(eqn: Any) -> jax.Array:
     """Something of the result's type; the run is abstract, so nothing is computed."""
-    aval = eqn.outvars[0].aval
-    return jnp.zeros(aval.shape, aval.dtype)
+    return _compat.zeros_of(eqn.outvars[0].aval)
 
 
 def probe_weight(path: tuple[str, ...], base: Any) -> Virtual:
