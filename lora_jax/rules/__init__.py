@@ -28,4 +28,5 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 from lora_jax.rules import contractions as contractions  # noqa: E402
 from lora_jax.rules import control_flow as control_flow  # noqa: E402
 from lora_jax.rules import custom_derivatives as custom_derivatives  # noqa: E402
+from lora_jax.rules import sharding as sharding  # noqa: E402
 from lora_jax.rules import structural as structural  # noqa: E402

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax import reference
 from tests.core.harness import config, merged_params, normal, random_adapter
 
 jax.config.update("jax_enable_x64", True)
@@ -64,3 +65,48 @@ def inside_shard_map() -> None:
     want = (convolved(merged_params(kernels, adapter), X) * MIX).sum()
     close(got[0], want)
     assert abs(got[0] - (convolved(kernels, X) * MIX).sum()) > 0.1
+
+
+def around_shard_map() -> None:
+    """A model that is tensor-parallel by itself: `shard_map` around its products, the weights split on every axis."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AUTO,))
+
+    def block(up, down, x):
+        return lax.psum(jnp.tanh(x @ up) @ down, "d")
+
+    def gathered(up, down, x):
+        return jnp.tanh(lax.psum(x @ up, "d")) @ down
+
+    heads = PARAMS["up"].reshape(6, 4, 2)
+    cases = [
+        (block, PARAMS["up"], P(None, "d"), PARAMS["down"], P("d", None), P(), P(), []),
+        (gathered, PARAMS["up"], P("d", None), PARAMS["down"], P(None, "d"), P(None, "d"), P(None, "d"), []),
+        (block, heads, P(None, "d"), PARAMS["down"], P("d"), P(), P(), []),  # flattened heads: the outer atom is split
+        (block, heads[:, :3], P(None, "d"), PARAMS["down"][:6], P("d"), P(), P(), ["shard_map"]),  # one and a half each
+    ]
+    for inner, up, up_spec, down, down_spec, x_spec, out_spec, formed in cases:
+
+        def fn(params, x, inner=inner, specs=(up_spec, down_spec, x_spec), out_spec=out_spec):
+            up = params["up"].reshape(6, -1)
+            return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=out_spec)(up, params["down"], x)
+
+        params = {"up": up, "down": down}
+        plan, adapter = planned(fn, params, X)
+        assert len(plan.sites) == 2 and [m[1] for m in plan.materialised] == formed, plan
+        adapted = lj.apply(fn, plan)
+        close(jax.jit(adapted)(params, adapter, X), fn(merged_params(params, adapter), X))
+        assert np.abs(adapted(params, adapter, X) - fn(params, X)).max() > 0.1
+
+        def loss(params, change, adapted=adapted):
+            return (adapted(params, change, X) * MIX).sum()
+
+        got = jax.jit(jax.grad(loss))(params, adapter)
+        merged = jax.tree.map(jnp.asarray, merged_params(params, adapter))
+        close(got, jax.grad(lambda p, fn=fn: (fn(p, X) * MIX).sum())(merged))
+        _check_factors(plan, adapter, jax.jit(jax.grad(loss, argnums=1))(params, adapter), got)
+
+
+def _check_factors(plan: lj.Plan, adapter: lj.Adapter, got: lj.Adapter, of_weights: Any) -> None:
+    for site in plan.sites:
+        want = reference.factor_gradients(site, *adapter.factors(site), np.asarray(of_weights[site.name]))
+        close(got.factors(site), want)
