@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.sites import Site
 
@@ -28,7 +31,17 @@ def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax
             f"`{site.name}`: factors in float64 need JAX's 64-bit mode, or they would silently be float32: "
             "`jax.config.update('jax_enable_x64', True)`, or plan with `dtype='float32'`."
         )
-    key_a, key_b = jax.random.split(jax.random.fold_in(key, site.seed))
+    if init == "orthogonal" and site.rank % 2:
+        raise ValueError(
+            f"`init='orthogonal'` needs an even rank, got {site.rank} for `{site.name}`; use {site.rank + 1}."
+        )
+    # Without its path, a site says no more than its shapes: layers of one shape share one compilation.
+    return _draw(key, np.uint32(site.seed), site=dataclasses.replace(site, path=("",)), init=init, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("site", "init", "dtype"))
+def _draw(key: jax.Array, seed: jax.Array, *, site: Site, init: str, dtype: str) -> tuple[jax.Array, jax.Array]:
+    key_a, key_b = jax.random.split(jax.random.fold_in(key, seed))
     a_shape, b_shape, rank = site.a_shape, site.b_shape, site.rank
     if init == "orthogonal":
         return _orthogonal(site, key_a, key_b, dtype)
@@ -51,8 +64,6 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], fan: int, dtype: str) -> ja
 
 def _orthogonal(site: Site, key_a: jax.Array, key_b: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     rank, half = site.rank, site.rank // 2
-    if rank % 2:
-        raise ValueError(f"`init='orthogonal'` needs an even rank, got {rank} for `{site.name}`; use {rank + 1}.")
     lead = site.sizes_of("l")
     key_q, key_a = jax.random.split(key_a)
     q = jnp.linalg.qr(jax.random.normal(key_q, (*lead, rank, rank)))[0]

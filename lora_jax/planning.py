@@ -59,7 +59,9 @@ class Plan:
         out: dict[tuple[str, ...], Any] = {}
         for site in self.sites:
             if site.is_full:
-                out[site.path] = jnp.array(values[site.path])  # a copy: the base stays the base's
+                # A copy: the base stays the base's. As precise as the factors, since it is trained like them.
+                value = values[site.path]
+                out[site.path] = jnp.array(value, jnp.promote_types(value.dtype, self.config.dtype))
             else:
                 a, b = init_factors(site, key, self.config.init, self.config.dtype)
                 out[site.leaf_path(LORA_A)], out[site.leaf_path(LORA_B)] = a, b
