@@ -105,11 +105,11 @@ def tokenise(rows: Sequence[tuple[str, int]], tokenizer: "Tokenizer", length: in
 
 
 def shakespeare(
-    folder: PathLike, tokenizer: "Tokenizer", *, length: int = 64
+    folder: PathLike, tokenizer: "Tokenizer", *, length: int = 64, end: int | None = None
 ) -> tuple[Int[np.ndarray, "train length"], Int[np.ndarray, "held_out length"]]:
     """Packs the works of `fetch("shakespeare")` into rows of `length` tokens, `HELD_OUT_PLAYS` apart. int32.
 
-    Works follow each other with `<|endoftext|>` between, in the order of their file names; the last, partial
+    Works follow each other with `end` between (see `pack`), in the order of their file names; the last, partial
     row of each part is dropped. A row trains `length - 1` predictions.
 
     **Raises:** `FileNotFoundError` when a held-out play is not there.
@@ -122,15 +122,20 @@ def shakespeare(
     }
     if missing := set(HELD_OUT_PLAYS) - set(works):
         raise FileNotFoundError(f"{folder} lacks {sorted(missing)}; is it what `fetch('shakespeare')` returned?")
-    train = pack([text for name, text in works.items() if name not in HELD_OUT_PLAYS], tokenizer, length)
-    return train, pack([works[name] for name in HELD_OUT_PLAYS], tokenizer, length)
+    train = pack([text for name, text in works.items() if name not in HELD_OUT_PLAYS], tokenizer, length, end=end)
+    return train, pack([works[name] for name in HELD_OUT_PLAYS], tokenizer, length, end=end)
 
 
-def pack(texts: Sequence[str], tokenizer: "Tokenizer", length: int) -> Int[np.ndarray, "rows length"]:
-    """Joins tokenised texts by `<|endoftext|>` and cuts that into rows; a partial last row is dropped."""
-    end = tokenizer.token_to_id("<|endoftext|>")
+def pack(
+    texts: Sequence[str], tokenizer: "Tokenizer", length: int, *, end: int | None = None
+) -> Int[np.ndarray, "rows length"]:
+    """Joins tokenised texts by the token `end` and cuts that into rows; a partial last row is dropped.
+
+    `end` is the id of `<|endoftext|>` unless given, as models with another end mark need.
+    """
+    end = tokenizer.token_to_id("<|endoftext|>") if end is None else end
     if end is None:
-        raise ValueError("The tokenizer has no <|endoftext|> token to put between texts.")
+        raise ValueError("The tokenizer has no <|endoftext|> token to put between texts; pass another as `end`.")
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     stream = np.concatenate([np.array([*row.ids, end], np.int32) for row in encoded])
     return stream[: len(stream) // length * length].reshape(-1, length)

@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, capsys):
 
 def test_resumes_from_its_own_configuration(tmp_path):
     options = tiny.write_classification(tmp_path, control=False)
-    assert main(command(options, tmp_path / "run")[3:]) == 0
+    assert main(command(options, tmp_path / "run", "--overwrite")[3:]) == 0
     before = results(tmp_path / "run")
     assert main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
     assert results(tmp_path / "run") == before

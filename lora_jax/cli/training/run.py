@@ -10,6 +10,7 @@ curves.png
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -106,7 +107,9 @@ class Run:
             if self.directory.exists():
                 shutil.rmtree(self.directory)
             self.directory.mkdir(parents=True)
-            _write(self.directory / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            # Without what would stand in the way of `--config config.yaml --resume`.
+            kept = dataclasses.replace(self.config, overwrite=False)
+            _write(self.directory / "config.yaml", yaml.safe_dump(to_dict(kept), sort_keys=False))
         _write(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
         folder = (self.directory / "checkpoints").absolute()
