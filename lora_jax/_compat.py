@@ -107,9 +107,22 @@ def vary_alike(*values: Any) -> tuple[Any, ...]:
 
 def zeros_of(aval: Any) -> Any:
     """Zeros of exactly this type: its shape and dtype, and how it varies or is split over a mesh."""
-    sharding = aval.sharding
-    explicit = jax.sharding.AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
-    zero = lax.full((), 0, aval.dtype)
-    zeros = lax.broadcast_in_dim(zero, aval.shape, (), out_sharding=sharding if explicit else None)
+    zeros = lax.broadcast_in_dim(lax.full((), 0, aval.dtype), aval.shape, (), out_sharding=_explicit(aval))
     axes = tuple(sorted(_axes(aval)))
     return lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def explicit_sharding(x: Any) -> Any:
+    """The sharding that is part of `x`'s type, on a mesh with explicit axes; None on any other."""
+    return _explicit(jax.typeof(x))
+
+
+def _explicit(aval: Any) -> Any:
+    sharding = aval.sharding
+    return sharding if jax.sharding.AxisType.Explicit in (getattr(sharding.mesh, "axis_types", None) or ()) else None
+
+
+def laid_out_as(x: Any, like: Any) -> Any:
+    """`x`, of the shape of `like`, with the explicit sharding of `like` if it has one."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)

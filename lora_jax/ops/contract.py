@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = tuple[Hashable, ...]
 
@@ -21,11 +22,13 @@ def contract(
     summed: Axes = (),
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Sums over every name missing from `out_axes`; shared names that stay are batch axes.
 
     Lowers to one `dot_general`, and to one transpose only if neither operand order gives `out_axes`. `summed`
-    gives the order in which shared axes are summed, which decides the last bits; by default `y`'s.
+    gives the order in which shared axes are summed, which decides the last bits; by default `y`'s. `out_sharding`
+    is that of the result, for meshes with explicit axes.
     """
     x_set, y_set, out = set(x_axes), set(y_axes), set(out_axes)
     assert len(x_set) == len(x_axes) and len(y_set) == len(y_axes), (x_axes, y_axes)
@@ -49,6 +52,7 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=preferred_element_type,
+        out_sharding=_reordered(out_sharding, out_axes, got),
     )
     return reorder(result, got, out_axes)
 
@@ -56,6 +60,14 @@ def contract(
 def reorder(x: jax.Array, axes: Sequence[Hashable], to: Sequence[Hashable]) -> jax.Array:
     """Transposes `x` from the order `axes` to the order `to`."""
     return x if tuple(axes) == tuple(to) else lax.transpose(x, _positions(axes, to))
+
+
+def _reordered(sharding: Any, axes: Axes, to: Axes) -> Any:
+    """The sharding of an array of axes `axes` for its transpose of axes `to`."""
+    if sharding is None:
+        return None
+    spec = dict(zip(axes, sharding.spec, strict=False))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec.get(name) for name in to)))
 
 
 def _positions(axes: Sequence[Hashable], names: Sequence[Hashable]) -> tuple[int, ...]:

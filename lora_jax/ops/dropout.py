@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lora_jax import _compat
+
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     """Zeroes each element with probability `rate` and divides the rest by `1 - rate`; `key=None` is the identity.
@@ -14,5 +16,5 @@ def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = _compat.laid_out_as(jax.random.bernoulli(key, 1 - rate, x.shape), x)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -8,11 +8,12 @@ contractions that differ only in their names.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax.ops.contract import Axes, contract
@@ -39,6 +40,9 @@ class Contraction:
     precision: Any = None
     preferred_element_type: Any = None
     dropout_rate: float = 0.0
+    # On meshes with explicit axes: the result's sharding where the model states it, and `x`'s.
+    out_sharding: Any = None
+    x_sharding: Any = None
 
     @property
     def h(self) -> Axes:
@@ -72,6 +76,7 @@ def low_rank_contract(
     check_implementation(implementation)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
     operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, _wide(x.dtype)))
+    spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
     return _traced_once(spec, *operands, key)
 
@@ -103,20 +108,39 @@ def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | No
     dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
     wide = contract(
         dropped, spec.x, first.astype(dtype), spec.first, spec.h,
-        precision=spec.precision, preferred_element_type=_wide(dtype),
+        precision=spec.precision, preferred_element_type=_wide(dtype), out_sharding=_h_sharding(spec),
     )  # fmt: skip
     return wide.astype(dtype)
+
+
+def _h_sharding(spec: Contraction) -> Any:
+    """Split as `x` is; the rank is not."""
+    if spec.x_sharding is None:
+        return None
+    entries = dict(zip(spec.x, spec.x_sharding.spec, strict=False))
+    return NamedSharding(spec.x_sharding.mesh, PartitionSpec(*(entries.get(name) for name in spec.h)))
+
+
+def _gradient_sharding(x: jax.Array, dy: jax.Array) -> Any:
+    """That of `x`; where only other operands live on the mesh, a whole copy on each device."""
+    return _compat.explicit_sharding(x) or _everywhere(dy)
+
+
+def _everywhere(dy: jax.Array) -> Any:
+    sharding = _compat.explicit_sharding(dy)
+    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _forward(spec, x, w, first, second, scale, key):
     y = contract(
         x, spec.x, w, spec.w, spec.y, summed=spec.summed,
         precision=spec.precision, preferred_element_type=spec.preferred_element_type,
+        out_sharding=spec.out_sharding,
     )  # fmt: skip
     h = _down(spec, x, first, key)
     up = contract(
         h, spec.h, scaled(second, scale, h.dtype), spec.second, spec.y,
-        precision=spec.precision, preferred_element_type=y.dtype,
+        precision=spec.precision, preferred_element_type=y.dtype, out_sharding=_compat.explicit_sharding(y),
     )  # fmt: skip
     return y + up.astype(y.dtype), h
 
@@ -159,22 +183,45 @@ def _bwd(spec, saved, dy):
     dtype, wide = h.dtype, _wide(h.dtype)
     dx = dw = dfirst = dsecond = dscale = None
     dy_low = dy.astype(dtype)
+    like = functools.partial(_gradient_sharding, dy=dy)
     pair = functools.partial(contract, precision=spec.precision)
     if wants["x"] is not None or wants["first"] is not None:
         up = scaled(second, scale, dtype)
-        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide).astype(dtype)
+        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide, out_sharding=like(h)).astype(
+            dtype
+        )
     if wants["x"] is not None:
-        through_base = pair(dy, spec.y, w, spec.w, spec.x, preferred_element_type=_like(dy, like_x))
-        through_low = pair(g, spec.h, first.astype(dtype), spec.first, spec.x, preferred_element_type=_like(dy, like_x))
+        through_base = pair(
+            dy,
+            spec.y,
+            w,
+            spec.w,
+            spec.x,
+            preferred_element_type=_like(dy, like_x),
+            out_sharding=spec.x_sharding or _everywhere(dy),
+        )
+        through_low = pair(
+            g,
+            spec.h,
+            first.astype(dtype),
+            spec.first,
+            spec.x,
+            preferred_element_type=_like(dy, like_x),
+            out_sharding=spec.x_sharding or _everywhere(dy),
+        )
         # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
         dx = (through_base + dropout(through_low, key, spec.dropout_rate)).astype(like_x.dtype)
     if wants["w"] is not None:
-        dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype)).astype(w.dtype)
+        dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype), out_sharding=like(w)).astype(
+            w.dtype
+        )
     if wants["first"] is not None:
         dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
-        dfirst = pair(dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide).astype(first.dtype)
+        dfirst = pair(
+            dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide, out_sharding=like(first)
+        ).astype(first.dtype)
     if wants["second"] is not None:
-        unscaled = pair(h, spec.h, dy_low, spec.y, spec.second, preferred_element_type=wide)
+        unscaled = pair(h, spec.h, dy_low, spec.y, spec.second, preferred_element_type=wide, out_sharding=like(second))
         dsecond = (unscaled * scale.astype(wide)).astype(second.dtype)
         dscale = (unscaled * second.astype(wide)).sum().astype(scale.dtype)
     return dx, dw, dfirst, dsecond, dscale, None

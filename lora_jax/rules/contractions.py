@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import NamedSharding, PartitionSpec
+
 from lora_jax.rules import rule
 from lora_jax.weights.lookup import picks_of
 from lora_jax.weights.virtual import DotGeneral, Virtual, is_virtual
@@ -61,7 +63,17 @@ def name_axes(eqn: Any, w: Virtual, weight_first: bool) -> DotGeneral:
         summed=tuple(atom for d in contracting[side] for atom in w.dims[d]),
         split_x=shape(x_flat), split_w=shape(w.visible), out_shape=out_shape,
         precision=eqn.params["precision"], preferred_element_type=eqn.params["preferred_element_type"],
+        out_sharding=_split_sharding(eqn.params.get("out_sharding"), y_names),
     )  # fmt: skip
+
+
+def _split_sharding(sharding: Any, names: Sequence[tuple[Any, ...]]) -> Any:
+    """The sharding of a product whose dimensions are split into `names`: the outermost of each is divided."""
+    if sharding is None:
+        return None
+    spec = (*sharding.spec, *(None,) * (len(names) - len(sharding.spec)))
+    entries = [entry if n == 0 else None for dim, entry in zip(names, spec, strict=True) for n in range(len(dim))]
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
 @rule("conv_general_dilated")

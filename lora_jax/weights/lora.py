@@ -55,7 +55,9 @@ class Lora:
         if own != w.visible:
             once = tuple(1 if atom.is_repeat else w.size(atom) for atom in w.visible)
             delta = jnp.broadcast_to(delta.reshape(once), tuple(map(w.size, w.visible)))
-        return (w.base.astype(wide) + self.site.scale * delta.reshape(w.base.shape)).astype(w.base.dtype)
+        return (
+            w.base.astype(wide) + self.site.scale * _compat.laid_out_as(delta.reshape(w.base.shape), w.base)
+        ).astype(w.base.dtype)
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
         if dot.needs_array or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
@@ -69,6 +71,7 @@ class Lora:
             x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, summed=dot.summed,
             precision=dot.precision,
             preferred_element_type=dot.preferred_element_type, dropout_rate=self.dropout_rate,
+            out_sharding=dot.out_sharding,
         )  # fmt: skip
         y = low_rank_contract(
             spec, x.reshape(dot.split_x), w.base.reshape(dot.split_w), first[0], second[0],
@@ -123,7 +126,7 @@ class Lora:
             factors["a"].astype(wide), axes["a"], factors["b"].astype(wide), axes["b"],
             tuple(atom for dim in rest for atom in dim),
         ).reshape(base.shape)  # fmt: skip
-        return base + (self.site.scale * delta).astype(base.dtype)
+        return base + (self.site.scale * _compat.laid_out_as(delta, base)).astype(base.dtype)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""

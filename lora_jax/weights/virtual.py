@@ -37,6 +37,7 @@ class DotGeneral:
     out_shape: tuple[int, ...]
     precision: Any
     preferred_element_type: Any
+    out_sharding: Any = None
 
     @property
     def needs_array(self) -> bool:

@@ -110,3 +110,41 @@ def _check_factors(plan: lj.Plan, adapter: lj.Adapter, got: lj.Adapter, of_weigh
     for site in plan.sites:
         want = reference.factor_gradients(site, *adapter.factors(site), np.asarray(of_weights[site.name]))
         close(got.factors(site), want)
+
+
+def explicit_mesh() -> None:
+    """Shardings that are part of the types: data or weights split, outputs stated where the types leave them open."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+    def stated(params, x):
+        h = jnp.tanh(jnp.einsum("bi,io->bo", x, params["up"]))
+        return jnp.einsum("bi,io->bo", h, params["down"], out_sharding=P("d", None))
+
+    plain, split = {"up": P(), "down": P()}, {"up": P(None, "d"), "down": P("d", None)}
+    with jax.set_mesh(mesh):
+        for fn, specs, x_spec in [(mlp, plain, P("d", None)), (stated, split, P())]:
+            params = jax.tree.map(jax.device_put, PARAMS, specs)
+            x = jax.device_put(X, x_spec)
+            for rate in (0.0, 0.5):
+                plan = lj.plan(fn, params, x, config=config(dtype="float64", dropout=rate))
+                adapter = random_adapter(plan, np.float64)
+
+                def loss(params, adapter, x, plan=plan, fn=fn):
+                    y = lj.apply(fn, plan)(params, adapter, x, key=jax.random.key(0))
+                    return (y * jax.reshard(MIX, jax.typeof(y).sharding)).sum()
+
+                got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(params, adapter, x)
+                assert np.all(np.isfinite(got[0]))
+                if rate == 0:
+                    _compare_explicit(jax.device_get(got), jax.device_get(adapter), plan)
+
+
+def _compare_explicit(got: Any, adapter: lj.Adapter, plan: lj.Plan) -> None:
+    """Loss and gradients against the merged model on one device."""
+    value, (of_params, of_adapter, of_x) = got
+    one = jax.sharding.AbstractMesh((), (), axis_types=())
+    with jax.sharding.use_abstract_mesh(one):
+        merged = jax.tree.map(lambda w: jnp.asarray(np.asarray(w)), merged_params(jax.device_get(PARAMS), adapter))
+        want, grads = jax.value_and_grad(lambda p, x: (mlp(p, x) * MIX).sum(), argnums=(0, 1))(merged, X)
+    close((value, of_params, of_x), (want, *grads))
+    _check_factors(plan, adapter, of_adapter, grads[0])
