@@ -72,7 +72,7 @@ def train_nnx(llama: Any, params: Any, rows: np.ndarray, held_out: np.ndarray, s
         return next_token_loss(model(tokens), tokens)
 
     @nnx.jit
-    def step(model: Any, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+    def step(model: Any, optimizer: nnx.Optimizer, tokens: Any) -> jax.Array:
         loss, gradient = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, tokens)
         optimizer.update(model, gradient)
         return loss
