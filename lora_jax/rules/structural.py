@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,19 +122,44 @@ def _regroup(w: Virtual, base: Any, shape: Sequence[int]) -> list[Any] | None:
 def static_slice(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     w, p = ins[0], eqn.params
     strides = p["strides"] or (1,) * len(w.dims)
-    cuts = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    for d, (start, limit, stride) in enumerate(cuts):
-        length = w.base.shape[d]
-        if (start, limit, stride) == (0, length, 1):
-            continue
-        if len(w.dims[d]) != 1:
+    for d, bounds in enumerate(zip(p["start_indices"], p["limit_indices"], strides, strict=True)):
+        w = _cut(w, d, *bounds)
+        if w is None:
             return None
+    return [w]
 
-        def cut(x: Any, axis: int, bounds=(start, limit, stride)) -> Any:
+
+def _cut(w: Virtual, d: int, start: int, limit: int, stride: int = 1) -> Virtual | None:
+    """`start:limit:stride` of dimension `d`, or None where that cuts across the dimension's atoms."""
+    if (start, limit, stride) == (0, w.base.shape[d], 1):
+        return w
+    parts = _bounds([w.size(atom) for atom in w.dims[d]], start, limit, stride)
+    if parts is None:
+        return None
+    base = lax.slice_in_dim(w.base, start, limit, stride, axis=d)
+    for atom, bounds in zip(w.dims[d], parts, strict=True):
+
+        def cut(x: Any, axis: int, bounds=bounds) -> Any:
             return lax.slice_in_dim(x, *bounds, axis=axis)
 
-        w = w.sliced(cut(w.base, d), w.dims[d][0], len(range(start, limit, stride)), cut)
-    return [w]
+        w = w.sliced(base, atom, len(range(*bounds)), cut)
+    return w
+
+
+def _bounds(sizes: list[int], start: int, limit: int, stride: int) -> list[tuple[int, int, int]] | None:
+    """The slice of each atom that together are `start:limit:stride` of their row-major product."""
+    if len(sizes) == 1:
+        return [(start, limit, stride)]
+    inner = math.prod(sizes[1:])
+    if not sizes or start >= limit:
+        return None
+    if start % inner == 0 and limit % inner == 0 and stride == 1:
+        return [(start // inner, limit // inner, 1), *((0, size, 1) for size in sizes[1:])]
+    block = start // inner
+    if (limit - 1) // inner != block:
+        return None
+    rest = _bounds(sizes[1:], start - block * inner, limit - block * inner, stride)
+    return None if rest is None else [(block, block + 1, 1), *rest]
 
 
 @rule("dynamic_slice")
@@ -158,45 +185,31 @@ def dynamic_slice(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] |
 
 @rule("split")
 def split(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    w, axis = ins[0], eqn.params["axis"]
-    if len(w.dims[axis]) != 1:
-        return None
-    out, start = [], 0
-    for size in map(int, eqn.params["sizes"]):
-
-        def cut(x: Any, d: int, start=start, size=size) -> Any:
-            return lax.slice_in_dim(x, start, start + size, axis=d)
-
-        out.append(w.sliced(cut(w.base, axis), w.dims[axis][0], size, cut))
-        start += size
-    return out
+    sizes = [int(size) for size in eqn.params["sizes"]]
+    return _pieces(ins[0], eqn.params["axis"], sizes)
 
 
 @rule("unstack")
 def unstack(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     """`split` into pieces of one, squeezed; jax >= 0.12 iterates over an array this way."""
     w, axis = ins[0], eqn.params["axis"]
-    if len(w.dims[axis]) != 1:
-        return None
-    out = []
-    for i, base in enumerate(_compat.bind(eqn, [w.base])):
+    rows = _pieces(w, axis, [1] * w.base.shape[axis])
+    return rows and [row.without_dims(lax.squeeze(row.base, (axis,)), (axis,)) for row in rows]
 
-        def cut(x: Any, d: int, i=i) -> Any:
-            return lax.slice_in_dim(x, i, i + 1, axis=d)
 
-        row = w.sliced(lax.expand_dims(base, (axis,)), w.dims[axis][0], 1, cut)
-        out.append(row.without_dims(base, (axis,)))
-    return out
+def _pieces(w: Virtual, axis: int, sizes: list[int]) -> list[Virtual] | None:
+    ends = list(itertools.accumulate(sizes))
+    pieces = [_cut(w, axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    whole = [piece for piece in pieces if piece is not None]
+    return whole if len(whole) == len(pieces) else None
 
 
 @rule("rev")
-def flip(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
-    """A transposed convolution flips its kernel."""
+def flip(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    """A transposed convolution flips its kernel. Flipping a product of atoms flips each of them."""
     w = ins[0]
-    for d in eqn.params["dimensions"]:
-        if len(w.dims[d]) != 1:
-            return None
-        w = w.replace(factors=w.map_axis(w.dims[d][0], lambda x, axis: lax.rev(x, (axis,))))
+    for atom in (atom for d in eqn.params["dimensions"] for atom in w.dims[d]):
+        w = w.replace(factors=w.map_axis(atom, lambda x, axis: lax.rev(x, (axis,))))
     return [w.replace(base=lax.rev(w.base, eqn.params["dimensions"]))]
 
 

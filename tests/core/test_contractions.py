@@ -143,6 +143,12 @@ WRITTEN = {
     "slice of a reshape": (
         lambda w, x: thirds(w, x, lambda w: [w.reshape(6, 3, 4)[:, i] for i in range(3)]), (6, 12), "ilo",
     ),
+    "thirds of merged axes": (
+        lambda w, x: thirds(w, x, lambda w: jnp.split(w.reshape(6, 12), 3, axis=1)), (6, 3, 4), "ioo",
+    ),
+    "parts of a part of merged axes": (lambda w, x: x @ w.reshape(6, 12)[:, 5:8:2], (6, 3, 4), "ioo"),
+    "rows of merged axes": (lambda w, x: x[:, :2] @ w.reshape(6, 5)[2:4], (3, 2, 5), "iio"),
+    "flip of merged axes": (lambda w, x: x @ w.reshape(6, 12)[:, ::-1], (6, 3, 4), "ioo"),
     "flip": (lambda w, x: x @ w[::-1], (6, 5), "io"),
     "times a number": (lambda w, x: x @ (w * 0.5), (6, 5), "io"),
     "over a number": (lambda w, x: x @ (w / np.sqrt(6)), (6, 5), "io"),

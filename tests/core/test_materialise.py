@@ -28,6 +28,8 @@ FORMED = {
     "determinant": (lambda w, x: x @ w * jnp.linalg.det(w), ["lu"]),
     "joined with data": (lambda w, x: (x @ jnp.concatenate([w, x.T], axis=1), x @ w), ["concatenate"]),
     "padded": (lambda w, x: jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(w, ((0, 2), (0, 0))) + x @ w, ["pad"]),
+    "cut across merged axes": (lambda w, x: (x @ w, x @ w.ravel()[3:27].reshape(6, 4)), ["slice"]),
+    "reshaped across axes": (lambda w, x: (x @ w, x[:, :4] @ w.reshape(4, 9)), ["reshape"]),
     "sum": (lambda w, x: x @ w + w.sum(), ["reduce_sum"]),
     "penalty": (lambda w, x: (x @ w, jnp.abs(w).sum()), ["abs"]),
     "returned": (lambda w, x: (x @ w, w), ["output"]),
