@@ -6,7 +6,7 @@ The dropout key is the same on all devices, as it is for a model that draws its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def _split(w: Virtual, spec: Any, mesh: Any) -> dict[Atom, tuple[Any, int]] | No
     return split
 
 
-def _specs(w: Virtual, spec: Any, split: dict[Atom, tuple[Any, int]]) -> Virtual:
+def _specs(w: Virtual, spec: Any, split: Mapping[Any, tuple[Any, int]]) -> Virtual:
     """The specs of a view's arrays, in a view."""
     of = {name: PartitionSpec(*(split.get(axis, (None,))[0] for axis in axes)) for name, axes in w.axes}
     return w.replace(base=spec, factors=of, key=None if w.key is None else PartitionSpec())
