@@ -9,6 +9,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -142,9 +143,8 @@ def test_linen_and_nnx_are_the_same_computation(tmp_path):
     nnx.load(jax.tree.map(np.array, linen.adapter), nnx.state())
     both = [[learner.step(job.batch(config, i), i) for i in range(4)] for learner in (linen, nnx)]
     np.testing.assert_allclose(*both, rtol=1e-5)
-    fresh = make_learner(prepare(config).base, config)
-    fresh.load(jax.tree.map(np.zeros_like, linen.adapter), fresh.state())
-    assert abs(fresh.step(job.batch(config, 0), 0) - both[0][0]) > 1e-3  # a dropped adapter would show
+    linen.load(jax.tree.map(jnp.zeros_like, linen.adapter), linen.state())
+    assert abs(linen.step(job.batch(config, 0), 0) - both[0][0]) > 1e-3  # a dropped adapter would show
 
 
 def _flat(path):
@@ -163,7 +163,7 @@ def test_evaluation_counts_every_row_once(reviews):
     right = by_hand.argmax(-1) == job.held_out["label"]
     log_sum = np.log(np.exp(by_hand).sum(-1))
     loss = log_sum - by_hand[np.arange(len(right)), job.held_out["label"]]
-    for size in (3, 7, 20, 32):  # with and without a last batch that has to be filled up
+    for size in (7, 20):  # with and without a last batch that has to be filled up
         found = evaluate(learner, job.objective, job.held_out, size)
         assert found["accuracy"] == pytest.approx(right.mean())
         assert found["loss"] == pytest.approx(loss.mean(), rel=1e-5)
@@ -177,7 +177,7 @@ def test_merging_gives_the_trained_model(reviews):
     adapter = checkpoint.restore(reviews.directory / "checkpoints" / "40")
     learner.load(adapter, learner.state())
     inputs = job.objective.inputs(job.held_out)
-    merged = job.base.model.apply({"params": lora_jax.merge(job.base.params, adapter)}, *inputs)
+    merged = jax.jit(job.base.model.apply)({"params": lora_jax.merge(job.base.params, adapter)}, *inputs)
     np.testing.assert_allclose(merged, learner.logits(inputs), atol=1e-5)
     assert np.abs(merged - np.asarray(learner.logits(inputs, adapted=False))).max() > 0.1
 
@@ -232,7 +232,7 @@ def test_export_there_and_back(language, tmp_path, capsys):
     # From the checkpoint alone, without the model, and for a reader that wants the scale inside B.
     assert main(["export", str(out / "orbax"), str(out / "vllm"), "--target", "vllm"]) == 0
     baked = load_file(out / "vllm" / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
     np.testing.assert_allclose(baked[name], 2 * own[name], rtol=1e-6)
     capsys.readouterr()
     assert main(["export", str(out / "peft"), str(out / "new")]) == 2

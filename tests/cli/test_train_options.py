@@ -94,9 +94,7 @@ def test_impossible_options_are_one_line(words, told, capsys, tmp_path, monkeypa
 
 
 def test_a_run_is_never_overwritten_unasked(capsys, tmp_path):
-    options = tiny.write_causal_lm(
-        tmp_path, **{"optim.steps": 2, "sample.prompt": "", "lora.target_modules": ["q_proj"]}
-    )
+    options = tiny.write_causal_lm(tmp_path, **{"optim.steps": 2, "sample.prompt": ""})
     out = tmp_path / "run"
 
     def train(*more):
@@ -123,7 +121,7 @@ def test_dry_run_estimates_and_stops(front_end, capsys, tmp_path):
     options = tiny.write_causal_lm(tmp_path, **{"model.front_end": front_end})
     assert main(["train", "--config", str(options), "--output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "model.layers.*.self_attn.q_proj.kernel" in shown and "trainable params: 1,856 ||" in shown
+    assert "model.layers.*.self_attn.q_proj.kernel" in shown and "trainable params: 576 ||" in shown
     assert "estimated peak" in shown and "activations, gradients" in shown
     assert not (tmp_path / "run").exists()
 

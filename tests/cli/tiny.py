@@ -128,6 +128,7 @@ def write_causal_lm(folder: Path, **options: Any) -> Path:
         "data.path": str(write_text(folder / "text.txt")), "data.length": 16, "data.batch_size": 4,
         "data.held_out": 10, "optim.steps": 12, "optim.lr": 0.02, "optim.warmup_steps": 2, "eval_every": 6,
         "checkpoint_every": 4, "verify": "never", "sample.prompt": "good film", "sample.tokens": 4,
+        "lora.target_modules": ["q_proj", "down_proj"],
     }  # fmt: skip
     return write_options(folder / "options.yaml", **{**own, **options})
 
