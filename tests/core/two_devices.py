@@ -148,3 +148,36 @@ def _compare_explicit(got: Any, adapter: lj.Adapter, plan: lj.Plan) -> None:
         want, grads = jax.value_and_grad(lambda p, x: (mlp(p, x) * MIX).sum(), argnums=(0, 1))(merged, X)
     close((value, of_params, of_x), (want, *grads))
     _check_factors(plan, adapter, of_adapter, grads[0])
+
+
+def constrained() -> None:
+    """`with_sharding_constraint` on weights and activations over a 1x2 mesh: carried through, nothing formed."""
+    mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(AUTO, AUTO))
+    specs = {"up": P(None, "model"), "down": P("model", None)}
+
+    def on(spec):
+        return jax.sharding.NamedSharding(mesh, spec)
+
+    def fn(params, x):
+        w = {name: lax.with_sharding_constraint(leaf, on(specs[name])) for name, leaf in params.items()}
+        h = lax.with_sharding_constraint(jnp.tanh(x @ w["up"]), on(P("data", "model")))
+        return jax.jit(jnp.matmul, out_shardings=on(P("data", None)))(h, w["down"])
+
+    params = {name: jax.device_put(leaf, on(specs[name])) for name, leaf in PARAMS.items()}
+    x = jax.device_put(X, on(P("data", None)))
+    plan, adapter = planned(fn, params, x)
+    assert len(plan.sites) == 2 and not plan.materialised, plan
+    adapted = lj.apply(fn, plan)
+
+    def loss(params, adapter):
+        return (adapted(params, adapter, x) * MIX).sum()
+
+    value, (of_params, of_adapter) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, adapter)
+    merged = jax.tree.map(jnp.asarray, merged_params(PARAMS, adapter))
+    want, of_weights = jax.value_and_grad(lambda p: (mlp(p, X) * MIX).sum())(merged)
+    close((value, of_params), (want, of_weights))
+    _check_factors(plan, adapter, of_adapter, of_weights)
+    assert abs(want - (mlp(PARAMS, X) * MIX).sum()) > 0.1
+    # No device ever has more than its part of the weight.
+    text = jax.jit(adapted).lower(params, adapter, x).compile().as_text()
+    assert "f64[6,4]" in text and "f64[6,8]" not in text
