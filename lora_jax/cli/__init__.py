@@ -24,7 +24,7 @@ class Command(NamedTuple):
     defaults: str = ""  # "module:function" from the words of the command line to defaults that depend on them
 
 
-_TASK_DEFAULTS = "lora_jax.cli.training.config:task_defaults"
+_TASK_DEFAULTS = "lora_jax.cli.training.config_files:task_defaults"
 COMMANDS: dict[str, Command] = {
     "train": Command("lora_jax.cli.train:train", "fine-tune a model with LoRA on real text", _TASK_DEFAULTS),
     "plan": Command("lora_jax.cli.plan:plan", "show what a configuration adapts, and why not the rest", _TASK_DEFAULTS),

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import lora_jax
 from lora_jax import checkpoint
 from lora_jax.cli import main
-from lora_jax.cli.training.config import read_config
+from lora_jax.cli.training.config_files import read_config
 from lora_jax.cli.training.jobs import chunks, prepare
 from lora_jax.cli.training.learners import evaluate, make_learner
 from lora_jax.cli.training.opened import open_base

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from lora_jax.cli import main
-from lora_jax.cli.training.config import TASK_DEFAULTS, TrainConfig, differences, read_config, to_dict
+from lora_jax.cli.training.config import TrainConfig
+from lora_jax.cli.training.config_files import TASK_DEFAULTS, differences, read_config, to_dict
 from lora_jax.cli.training.jobs import prepare
 from lora_jax.cli.training.learners import make_optimizer
 from lora_jax.cli.training.progress import progress

@@ -15,7 +15,7 @@ import pytest
 
 from lora_jax import checkpoint
 from lora_jax.cli import main
-from lora_jax.cli.training.config import read_config
+from lora_jax.cli.training.config_files import read_config
 from lora_jax.cli.training.jobs import prepare, prepare_base
 from lora_jax.cli.training.learners import make_learner
 from tests.cli import tiny

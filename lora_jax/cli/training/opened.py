@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import checkpoint
-from lora_jax.cli.training.config import TrainConfig, read_config
+from lora_jax.cli.training.config import TrainConfig
+from lora_jax.cli.training.config_files import read_config
 from lora_jax.cli.training.jobs import Base, Job, prepare, prepare_base
 from lora_jax.cli.training.learners import Learner, make_learner
 from lora_jax.cli.training.run import Run

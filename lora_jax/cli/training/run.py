@@ -24,7 +24,8 @@ import yaml
 
 from lora_jax import checkpoint
 from lora_jax.adapters import Adapter
-from lora_jax.cli.training.config import TrainConfig, differences, read_config, to_dict
+from lora_jax.cli.training.config import TrainConfig
+from lora_jax.cli.training.config_files import differences, read_config, to_dict
 
 TRAINING = "training"  # the item of a checkpoint with the learner's state
 KEPT = 5  # checkpoints; the oldest go first
