@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def prepare_base(config: TrainConfig) -> Base:
 
 
 def _task(config: TrainConfig) -> Any:
+    if missing := [name for name in ("gguf", "tokenizers") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{' and '.join(missing)} not installed: pip install 'lora-jax[demo]'.")
     from lora_jax.cli.training import causal_lm, classification
 
     return {"classification": classification, "causal-lm": causal_lm}[config.task]
