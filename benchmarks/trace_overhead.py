@@ -81,7 +81,7 @@ def cases(
         ]
 
         def fn(params: Any, ids: jax.Array, model: Model = model) -> jax.Array:
-            return model.apply({"params": params}, ids).mean()
+            return jnp.mean(model.apply({"params": params}, ids))  # type: ignore[arg-type]
 
         config = lj.LoRAConfig(target_modules=[f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")])
         plan = lj.plan(fn, params, ids, config=config)
@@ -121,7 +121,7 @@ def ratio(runs: list[Any], clock: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
