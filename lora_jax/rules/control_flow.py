@@ -14,7 +14,7 @@ from lora_jax import _compat
 from lora_jax.rules import rule
 from lora_jax.weights.virtual import Virtual, is_virtual
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr")
 REMATS = ("remat", "remat2", "checkpoint")
 
 
@@ -86,7 +86,13 @@ def cond(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
 
         return run
 
-    outs = lax.switch(jnp.asarray(index, jnp.int32), [branch(*b) for b in branches], operands)
+    runs = [branch(*b) for b in branches]
+    if platforms := eqn.params.get("branches_platforms"):
+        # `lax.platform_dependent`: a branch for another platform must not be lowered for this one.
+        named = {name: run for names, run in zip(platforms, runs, strict=True) for name in names or ("default",)}
+        outs = lax.platform_dependent(operands, **named)
+    else:
+        outs = lax.switch(jnp.asarray(index, jnp.int32), runs, operands)
     return [known[i] if i in known else outs[computed.index(i)] for i in range(len(eqn.outvars))]
 
 

@@ -21,7 +21,7 @@ from lora_jax.weights.virtual import Dims, DotGeneral, Virtual
 # Not add or sub: a bias is added to activations, and is no weight.
 ELEMENTWISE = frozenset(
     "mul div tanh sign round clamp abs exp max min select_n integer_pow sqrt rsqrt logistic convert_element_type "
-    "floor ceil log square pow".split()
+    "floor ceil log square pow reduce_precision".split()
 )
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import closed_call_p
+from jax.interpreters import mlir
 
 import lora_jax as lj
 from lora_jax import reference
@@ -41,6 +44,19 @@ CALLS = {
     "jvp": lambda p, x: jax.jvp(lambda x: mlp(p, x), (x,), (x,))[1],
     "linearize": lambda p, x: jax.linearize(lambda x: mlp(p, x), x)[1](x + 1),
 }
+
+
+def test_closed_call():
+    """The primitive that stands for a jaxpr called as it is (`eval_jaxpr` in jax >= 0.12)."""
+
+    def fn(p, x):
+        closed = jax.make_jaxpr(lambda up, down, x: jnp.tanh(x @ up) @ down)(p["up"], p["down"], x)
+        call = closed_call_p.get_bind_params({"call_jaxpr": closed})
+        return closed_call_p.bind(p["up"], p["down"], x, **call)[0]
+
+    params = cast(PARAMS, np.float32)
+    assert {"closed_call", "eval_jaxpr"} & set(primitives(fn, params, jnp.asarray(X)))
+    check(fn, PARAMS, X)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -148,6 +164,28 @@ def test_cond(name):
 def test_vmapped_cond():
     """jax turns it into a choice between copies of all operands, weights included."""
     check(per_row, PARAMS, X, materialised=["select_n"])
+
+
+def by_platform(p, x):
+    return lax.platform_dependent(
+        p["up"], x, cpu=lambda w, x: jnp.tanh(x @ w), tpu=lambda w, x: nothing_for_a_cpu(x @ w),
+        default=lambda w, x: x @ w,
+    ) @ p["down"]  # fmt: skip
+
+
+def nothing_for_a_cpu(x):
+    """A primitive that only a TPU's compiler knows."""
+    return nowhere_p.bind(x)
+
+
+nowhere_p = Primitive("nowhere")
+nowhere_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(nowhere_p, lambda ctx, x: [x], platform="tpu")
+
+
+def test_branches_by_platform():
+    """Only this platform's branch is compiled, so branches may hold kernels for others."""
+    check(by_platform, PARAMS, X, gradients=False)
 
 
 def test_a_branch_that_chooses_a_weight_forms_it():
