@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -229,7 +228,7 @@ def test_list_of_layers():
             self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(2)])
 
         def __call__(self, x):
-            return partial(jnp.tanh)(self.layers[0](x)) + self.layers[1](x)
+            return jnp.tanh(self.layers[0](x)) + self.layers[1](x)
 
     fn, params = nnx_fn(Model(nnx.Rngs(0)))
     assert summary(check(fn, params, X)) == {"layers.0.kernel": "io", "layers.1.kernel": "io"}
