@@ -1,0 +1,1 @@
+"""GPU kernels: one a file, no knowledge of models, adapters or plans."""

@@ -1,0 +1,86 @@
+"""What the Hopper kernels share: shared memory, transposed views, spots that depend on the version of Pallas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+# Of 228 KiB an SM, one is the system's and barriers take a little.
+SHARED_BYTES = 226 * 1024
+
+
+def shared(shape: tuple[int, ...], dtype: Any, summed: int = 64) -> Any:
+    """Shared memory that the copy engine fills and the tensor cores read: tiled, with the widest swizzle that fits.
+
+    `summed`: the operand's depth. Pallas issues products in groups as deep as the swizzle is wide.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(math.gcd(shape[-1], summed) * itemsize * 8)
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)),
+    )
+
+
+def transpose(ref: Any) -> Any:
+    """The transposed view of a two-dimensional reference; nothing is moved."""
+    if jax.__version_info__ >= (0, 11):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))
+
+
+def compiler_params() -> Any:
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def interpreted(interpret: Any) -> dict[str, Any]:
+    return {} if interpret is None else {"interpret": interpret}
+
+
+def registers_left(memory: int, multiplying: int) -> int:
+    """Registers a thread of each multiplying warpgroup, when one other has `memory`: 512 a lane in all, in eights."""
+    return min(256, (512 - memory) // multiplying) // 8 * 8
+
+
+def fill(steps: int, stages: int, load: Any, free: Any) -> None:
+    """The loading warpgroup's part of a ring: `load(slot, step)` for each step, as slots come free."""
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot = lax.rem(step, stages)
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        load(slot, step)
+
+    # Every phase of a barrier has to be seen before the barrier goes.
+    @pl.loop(max(steps - stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+
+
+def drain(steps: int, stages: int, use: Any, full: Any, free: Any) -> None:
+    """The multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight."""
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(full.at[slot])
+        use(slot, step)
+        plgpu.wgmma_wait(1)
+
+        @pl.when(step > 0)
+        def _():
+            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(free.at[(steps - 1) % stages])
