@@ -12,6 +12,7 @@ import jax
 from lora_jax import tracing
 from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.interpret import Interpreter, site_key
+from lora_jax.ops.dropout import threshold
 from lora_jax.ops.low_rank import check_implementation
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
@@ -40,6 +41,8 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
     """
     check_implementation(implementation)
     _refuse_own_key(fn)
+    if plan.config.dropout:
+        threshold(plan.config.dropout)
     expected = {(name, primitive) for name, primitive, _ in plan.materialised}
 
     def report(w: Virtual, primitive: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from lora_jax.ops.dropout import threshold
 from lora_jax.ops.low_rank import Contraction, low_rank_contract
 
 
@@ -32,7 +33,8 @@ def lora_dot(
     - `x`: activations; `kernel`: frozen weight in Flax order (PyTorch stores the transpose).
     - `a`, `b`: factors, any float dtype; cast to `x`'s dtype for the products.
     - `scale`: `alpha / rank`, without unit.
-    - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key.
+    - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key. `x`'s last axis is the
+      mask's columns, all others its rows (`lora_jax/ops/dropout.py`).
     - `implementation`: `None` chooses; `"xla"` names the plain one.
 
     **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
@@ -54,6 +56,8 @@ def lora_dot(
         )
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"`dropout_rate={dropout_rate}` must be in [0, 1).")
+    if dropout_rate:
+        threshold(dropout_rate)
     rows = tuple(f"m{i}" for i in range(x.ndim - 1))
     spec = Contraction(
         x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"),

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
 from lora_jax.ops.contract import Axes, contract
-from lora_jax.ops.dropout import dropout
+from lora_jax.ops.dropout import drop, rescaling
 
 IMPLEMENTATIONS = ("xla",)
 
@@ -43,6 +43,11 @@ class Contraction:
     # On meshes with explicit axes: the result's sharding where the model states it, and `x`'s.
     out_sharding: Any = None
     x_sharding: Any = None
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Positions of the axes of `x` that are summed over: the columns of its dropout mask."""
+        return tuple(i for i, name in enumerate(self.x) if name not in self.y)
 
     @property
     def h(self) -> Axes:
@@ -105,12 +110,16 @@ def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array
 def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | None) -> jax.Array:
     """`drop(x)·first`, accumulated wide and rounded once to the compute dtype."""
     dtype = _compute_dtype(x)
-    dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
+    dropped = drop(x.astype(dtype), key, spec.dropout_rate, spec.columns)
     wide = contract(
         dropped, spec.x, first.astype(dtype), spec.first, spec.h,
         precision=spec.precision, preferred_element_type=_wide(dtype), out_sharding=_h_sharding(spec),
     )  # fmt: skip
-    return wide.astype(dtype)
+    return _times(wide, rescaling(key, spec.dropout_rate)).astype(dtype)
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _h_sharding(spec: Contraction) -> Any:
@@ -187,9 +196,9 @@ def _bwd(spec, saved, dy):
     pair = functools.partial(contract, precision=spec.precision)
     if wants["x"] is not None or wants["first"] is not None:
         up = scaled(second, scale, dtype)
-        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide, out_sharding=like(h)).astype(
-            dtype
-        )
+        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide, out_sharding=like(h))
+        # Here once for both gradients that pass through the mask: on the thin float32 sum, before it is rounded.
+        g = _times(g, rescaling(key, spec.dropout_rate)).astype(dtype)
     if wants["x"] is not None:
         through_base = pair(
             dy,
@@ -210,13 +219,14 @@ def _bwd(spec, saved, dy):
             out_sharding=spec.x_sharding or _everywhere(dy),
         )
         # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
-        dx = (through_base + dropout(through_low, key, spec.dropout_rate)).astype(like_x.dtype)
+        dropped = drop(through_low, key, spec.dropout_rate, spec.columns)
+        dx = (through_base + dropped).astype(like_x.dtype)
     if wants["w"] is not None:
         dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype), out_sharding=like(w)).astype(
             w.dtype
         )
     if wants["first"] is not None:
-        dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
+        dropped = drop(x.astype(dtype), key, spec.dropout_rate, spec.columns)
         dfirst = pair(
             dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide, out_sharding=like(first)
         ).astype(first.dtype)

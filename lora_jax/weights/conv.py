@@ -23,11 +23,13 @@ RANK = "rank"
 Named = tuple[jax.Array, tuple[Hashable, ...]]
 
 
-def low_rank_conv(eqn: Any, x: jax.Array, dims: Dims, a: Named, b: Named, scale: float) -> jax.Array | None:
+def low_rank_conv(
+    eqn: Any, x: jax.Array, dims: Dims, a: Named, b: Named, scale: float, rescaling: float = 1.0
+) -> jax.Array | None:
     """`scale * conv(conv(x, A), B)` for the convolution of `eqn`, or None where the axes do not fit it.
 
     `dims` are the kernel's dimensions in atoms. A must carry the kernel's input and spatial axes, B the
-    output axis.
+    output axis. `rescaling` multiplies the wide sums of the first convolution: dropout's.
     """
     params = eqn.params
     numbers = params["dimension_numbers"]
@@ -44,9 +46,9 @@ def low_rank_conv(eqn: Any, x: jax.Array, dims: Dims, a: Named, b: Named, scale:
     kernel = reorder(a[0], a[1], order).reshape(shape).astype(x.dtype)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
-    down = lax.conv_general_dilated(
-        x, kernel, **{**params, "preferred_element_type": jnp.promote_types(x.dtype, jnp.float32)}
-    ).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    down = lax.conv_general_dilated(x, kernel, **{**params, "preferred_element_type": wide})
+    down = (down * jnp.asarray(rescaling, wide)).astype(x.dtype)
     # (..., groups * rank, ...) x (groups, rank, out / groups) on the feature axis.
     feature = numbers.out_spec[1]
     outputs = eqn.outvars[0].aval.shape[feature]

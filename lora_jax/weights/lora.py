@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.ops.contract import contract, reorder
-from lora_jax.ops.dropout import dropout
+from lora_jax.ops.dropout import drop, rescaling
 from lora_jax.ops.low_rank import Contraction, low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
@@ -82,7 +82,11 @@ class Lora:
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
         y = _compat.bind(eqn, [x, w.base])[0]
-        up = low_rank_conv(eqn, dropout(x, key, self.dropout_rate), w.dims, (a, a_axes), (b, b_axes), self.site.scale)
+        features = (eqn.params["dimension_numbers"].lhs_spec[1],)
+        up = low_rank_conv(
+            eqn, drop(x, key, self.dropout_rate, features), w.dims, (a, a_axes), (b, b_axes),
+            self.site.scale, rescaling(key, self.dropout_rate),
+        )  # fmt: skip
         return None if up is None else y + up.astype(y.dtype)
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
@@ -98,7 +102,8 @@ class Lora:
         a = reorder(a, a_axes, (*groups, *inner, RANK)).reshape(n_groups, k, rank).astype(x.dtype)
         b = reorder(b, b_axes, (*groups, RANK, *outer)).reshape(n_groups, rank, n)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        h = lax.ragged_dot(dropout(x, key, self.dropout_rate), a, sizes, preferred_element_type=wide).astype(x.dtype)
+        h = lax.ragged_dot(drop(x, key, self.dropout_rate), a, sizes, preferred_element_type=wide)
+        h = (h * jnp.asarray(rescaling(key, self.dropout_rate), wide)).astype(x.dtype)
         return y + lax.ragged_dot(h, scaled(b, self.site.scale, x.dtype), sizes, preferred_element_type=y.dtype)
 
     def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array | Virtual:

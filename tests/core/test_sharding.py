@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("case", ["inside_shard_map", "around_shard_map", "explicit_mesh", "constrained"])
+@pytest.mark.parametrize(
+    "case", ["inside_shard_map", "around_shard_map", "explicit_mesh", "constrained", "dropout_masks"]
+)
 def test_two_devices(case):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     code = f"from tests.core import two_devices; two_devices.{case}()"

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import reference
+from lora_jax.ops import dropout
 from tests.core.harness import config, merged_params, normal, random_adapter
 
 jax.config.update("jax_enable_x64", True)
@@ -181,3 +182,18 @@ def constrained() -> None:
     # No device ever has more than its part of the weight.
     text = jax.jit(adapted).lower(params, adapter, x).compile().as_text()
     assert "f64[6,4]" in text and "f64[6,8]" not in text
+
+
+def dropout_masks() -> None:
+    """Whichever way the input is split over devices, the same elements are dropped."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AUTO,))
+    x = jnp.ones((6, 4, 256), jnp.float32)
+    want = dropout(x, jax.random.key(3), 0.3)
+    assert 0.25 < (want == 0).mean() < 0.35
+    run = jax.jit(lambda x, key: dropout(x, key, 0.3))
+    for spec in (P("d"), P(None, "d"), P(None, None, "d")):
+        split = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        np.testing.assert_array_equal(run(split, jax.random.key(3)), want)
+        # Each device draws its own part of the mask, and no other.
+        text = run.lower(split, jax.random.key(3)).compile().as_text()
+        assert "f32[6,4,256]" not in text and "all-gather" not in text
