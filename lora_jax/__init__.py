@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_jax.adapters import Adapter as Adapter
 from lora_jax.config import LoRAConfig as LoRAConfig
+from lora_jax.explaining import Explanation as Explanation
+from lora_jax.explaining import explain as explain
 from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
 from lora_jax.merging import merge as merge

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -126,3 +126,40 @@ def laid_out_as(x: Any, like: Any) -> Any:
     """`x`, of the shape of `like`, with the explicit sharding of `like` if it has one."""
     sharding = explicit_sharding(like)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+class Device(NamedTuple):
+    """What is compiled for: `cpu`, `cuda`, `rocm` ...; the model's name; CUDA's compute capability where known."""
+
+    platform: str
+    kind: str
+    capability: tuple[int, int] | None
+
+
+def target_device() -> Device:
+    """The device of the mesh in scope, or JAX's default one."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        hopper = any(name in abstract.device_kind for name in ("H100", "H200", "H800", "H20"))
+        return Device(
+            _platform(abstract.platform, abstract.device_kind), abstract.device_kind, (9, 0) if hopper else None
+        )
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    capability = str(getattr(device, "compute_capability", "")).split(".")
+    known = tuple(map(int, capability)) if len(capability) == 2 else None
+    return Device(_platform(device.platform, device.device_kind), device.device_kind, known)  # type: ignore[arg-type]
+
+
+def _platform(platform: str, kind: str) -> str:
+    """JAX calls CUDA and ROCm devices "gpu"; lowering tells them apart."""
+    return platform if platform != "gpu" else "cuda" if "NVIDIA" in kind or "Tesla" in kind else "rocm"
+
+
+def mesh_axis_kinds(x: Any) -> tuple[str, ...]:
+    """For each axis of the mesh that `x` lives on, or that is in scope: manual, explicit or auto."""
+    mesh = jax.typeof(x).sharding.mesh if hasattr(x, "aval") else None
+    if mesh is None or mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    return tuple(str(kind.name).lower() for kind in (mesh.axis_types or ()))

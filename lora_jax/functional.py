@@ -12,8 +12,8 @@ import jax
 from lora_jax import tracing
 from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.interpret import Interpreter, site_key
+from lora_jax.ops.choice import check_implementation
 from lora_jax.ops.dropout import threshold
-from lora_jax.ops.low_rank import check_implementation
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
 from lora_jax.weights.lora import lora_weight

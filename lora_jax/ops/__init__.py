@@ -1,6 +1,8 @@
 """Array-level operations: no knowledge of models, jaxprs or plans."""
 
+from lora_jax.ops.choice import Choice as Choice
+from lora_jax.ops.contraction import Contraction as Contraction
 from lora_jax.ops.dropout import dropout as dropout
+from lora_jax.ops.lora_dot import explain as explain
 from lora_jax.ops.lora_dot import lora_dot as lora_dot
-from lora_jax.ops.low_rank import Contraction as Contraction
 from lora_jax.ops.low_rank import low_rank_contract as low_rank_contract

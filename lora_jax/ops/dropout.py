@@ -35,20 +35,31 @@ def dropout(x: jax.Array, key: jax.Array | None, rate: float, columns: Sequence[
     if key is None or rate == 0:
         return x
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (drop(x, key, rate, columns).astype(wide) * np.asarray(rescaling(key, rate), wide)).astype(x.dtype)
+    return (drop(x, key, rate, columns).astype(wide) * np.asarray(rescaling(rate), wide)).astype(x.dtype)
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float, columns: Sequence[int] = (-1,)) -> jax.Array:
     """Like `dropout`, without the division: products apply it to their float32 sums, where it rounds less."""
-    if key is None or rate == 0:
-        return x
-    keep = _compat.laid_out_as(keeps(seed_words(key), x.shape, columns, threshold(rate)), x)
-    return jnp.where(keep, x, jnp.zeros((), x.dtype))
+    return x if key is None or rate == 0 else drop_block(x, seed_words(key), rate, columns)
 
 
-def rescaling(key: jax.Array | None, rate: float) -> float:
+def drop_block(
+    x: jax.Array,
+    seed: jax.Array,
+    rate: float,
+    columns: Sequence[int],
+    *,
+    whole: Sequence[int] | None = None,
+    origin: Sequence[int | jax.Array] | None = None,
+) -> jax.Array:
+    """`drop` for the seed words of a key; `x` may be the block at `origin` of an array of shape `whole`."""
+    keep = keeps(seed, x.shape, columns, threshold(rate), whole=whole, origin=origin)
+    return jnp.where(_compat.laid_out_as(keep, x), x, jnp.zeros((), x.dtype))
+
+
+def rescaling(rate: float) -> float:
     """What sums over kept elements are multiplied by: 1 over the share that is kept."""
-    return 1.0 if key is None or rate == 0 else STEPS / (STEPS - threshold(rate))
+    return STEPS / (STEPS - threshold(rate)) if rate else 1.0
 
 
 def threshold(rate: float) -> int:

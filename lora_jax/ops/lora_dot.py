@@ -7,8 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from lora_jax.ops.choice import Choice, choose
+from lora_jax.ops.contraction import Contraction
 from lora_jax.ops.dropout import threshold
-from lora_jax.ops.low_rank import Contraction, low_rank_contract
+from lora_jax.ops.low_rank import low_rank_contract
+from lora_jax.ops.matrices import axis_sizes
 
 
 def lora_dot(
@@ -35,12 +38,14 @@ def lora_dot(
     - `scale`: `alpha / rank`, without unit.
     - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key. `x`'s last axis is the
       mask's columns, all others its rows (`lora_jax/ops/dropout.py`).
-    - `implementation`: `None` chooses; `"xla"` names the plain one.
+    - `implementation`: `None` chooses by platform, dtypes and sizes (`explain` says which, and why); `"xla"` is
+      the plain one, `"mosaic_gpu"` fused kernels for Hopper GPUs, `"triton"` fused kernels for Ampere and newer.
 
     **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
-    `x @ a`, `x @ kernel`, the branch and the sum are each rounded once.
+    `x @ a` and the result are rounded once, by XLA `x @ kernel` and the branch as well.
 
-    **Raises:** `ValueError` if inner dimensions disagree or the implementation is unknown.
+    **Raises:** `ValueError` if inner dimensions disagree, or the implementation is unknown or can't run, with the
+    reason.
 
     **Source:** Hu et al., arXiv:2106.09685, equation 3, transposed: `x` is a row here.
 
@@ -48,6 +53,43 @@ def lora_dot(
     >>> lora_dot(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))).shape
     (2, 3)
     """
+    spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
+    return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation)
+
+
+def explain(
+    x: Any,
+    kernel: Any,
+    a: Any,
+    b: Any,
+    *,
+    dropout_rate: float = 0.0,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> Choice:
+    """Which implementation `lora_dot` takes for these operands here, and why none of the others: print the result.
+
+    Operands are arrays or `jax.ShapeDtypeStruct`s; nothing is computed. "Here" is the mesh in scope or else JAX's
+    default device. What can't be known beforehand is left out: under `jax.vmap`, and where a program is lowered for
+    another platform after all, XLA runs.
+
+    **Raises:** as `lora_dot` does.
+
+    >>> import jax.numpy as jnp
+    >>> print(explain(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))))  # on a CPU
+    xla
+      not mosaic_gpu: needs a Hopper GPU (H100, H200); the platform here is cpu
+      not triton: needs an Ampere or newer GPU; the platform here is cpu
+    """
+    spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
+    sizes = axis_sizes((spec.x, x.shape), (spec.w, kernel.shape), (spec.first, a.shape))
+    return choose(spec, sizes, x, kernel, implementation, dropped=dropout_rate > 0)
+
+
+def _described(
+    x: Any, kernel: Any, a: Any, b: Any, dropout_rate: float, precision: Any, preferred_element_type: Any
+) -> Contraction:
     k, n = kernel.shape
     if x.shape[-1] != k or a.shape[0] != k or b.shape != (a.shape[1], n):
         raise ValueError(
@@ -59,8 +101,7 @@ def lora_dot(
     if dropout_rate:
         threshold(dropout_rate)
     rows = tuple(f"m{i}" for i in range(x.ndim - 1))
-    spec = Contraction(
+    return Contraction(
         x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"),
         precision=precision, preferred_element_type=preferred_element_type, dropout_rate=dropout_rate,
     )  # fmt: skip
-    return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation)

@@ -1,8 +1,8 @@
 """`y = x·W + s·(drop(x)·A)·B` over named axes, with its own derivative.
 
 Every adapted matrix product of a model ends here, whatever its axes: plain, batched, with heads, with the weight
-first, or against a transposed weight. Names replace positions, so forward and backward are five two-operand
-contractions that differ only in their names.
+first, or against a transposed weight. Names replace positions. One `custom_vjp` serves every implementation: XLA's five
+contractions (`plain`) and the fused kernels (`fused`) take the same operands and keep the same residuals.
 """
 
 from __future__ import annotations
@@ -13,48 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import lax
 
 from lora_jax import _compat
-from lora_jax.ops.contract import Axes, contract
-from lora_jax.ops.dropout import drop, rescaling
-
-IMPLEMENTATIONS = ("xla",)
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """The axis names of one adapted product and its static settings.
-
-    `first` is the factor that shares contracted axes with `x`, `second` the other one; which of A and B
-    that is depends on the side of the weight that is contracted (a tied head contracts B's). `summed` is the order
-    in which `x·w` sums its axes, so that a zero adapter gives the base's very bits; empty for `w`'s order.
-    """
-
-    x: Axes
-    w: Axes
-    first: Axes
-    second: Axes
-    y: Axes
-    summed: Axes = ()
-    precision: Any = None
-    preferred_element_type: Any = None
-    dropout_rate: float = 0.0
-    # On meshes with explicit axes: the result's sharding where the model states it, and `x`'s.
-    out_sharding: Any = None
-    x_sharding: Any = None
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Positions of the axes of `x` that are summed over: the columns of its dropout mask."""
-        return tuple(i for i, name in enumerate(self.x) if name not in self.y)
-
-    @property
-    def h(self) -> Axes:
-        """Axes of `x·first`: what the result or the second factor still needs."""
-        seen = dict.fromkeys((*self.x, *self.first))
-        needed = set(self.y) | set(self.second)
-        return tuple(name for name in seen if name in needed)
+from lora_jax.ops import plain
+from lora_jax.ops.choice import choose
+from lora_jax.ops.contract import Axes, reorder
+from lora_jax.ops.contraction import Contraction, compute_dtype, wide
+from lora_jax.ops.dropout import seed_words
+from lora_jax.ops.fused import Fused
+from lora_jax.ops.matrices import axis_sizes
+from lora_jax.ops.plain import Wants
 
 
 def low_rank_contract(
@@ -66,101 +35,128 @@ def low_rank_contract(
     scale: float | jax.Array,
     key: jax.Array | None = None,
     implementation: str | None = None,
+    name: str = "",
 ) -> jax.Array:
     """`contract(x, w) + scale * contract(contract(drop(x), first), second)`, of `x·w`'s dtype.
 
-    `first` and `second` are cast to `x`'s dtype; every product accumulates in float32 and is rounded on its own:
-    `x·first` to that dtype, then `x·w` and the branch to the result's dtype, and their sum once more (in bfloat16
-    an rms error of about 2.6e-3 of the result, where one rounding alone has 1.7e-3). `scale` is folded into
-    `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the weights and `x·first`, forms the
-    gradient of `w` only where somebody asks for it, and nothing of the size of `y` beyond the cotangent itself.
-    Reverse mode only (a `custom_vjp`).
+    `first` and `second` are cast to `x`'s dtype; every product accumulates in float32. By XLA each is rounded on its
+    own: `x·first` to that dtype, then `x·w` and the branch to the result's dtype, and their sum once more (in bfloat16
+    an rms error of about 2.6e-3 of the result, where one rounding alone has 1.7e-3); kernels round the sum alone.
+    `scale` is folded into `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the weights and
+    `x·first`, forms the gradient of `w` only where somebody asks for it, and nothing of the size of `y` beyond the
+    cotangent itself. Reverse mode only (a `custom_vjp`).
 
-    **Raises:** `ValueError` for an unknown `implementation`.
+    `implementation`: see `choice.choose`. `name`: of the weight, for messages.
+
+    **Raises:** `ValueError` for an unknown `implementation`, or one that can't run, with the reason.
     """
-    check_implementation(implementation)
+    sizes = axis_sizes((spec.x, x.shape), (spec.w, w.shape), (spec.first, first.shape), (spec.second, second.shape))
+    seed = None if key is None or spec.dropout_rate == 0 else seed_words(key)
+    choice = choose(spec, sizes, x, w, implementation, dropped=seed is not None, name=name)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
-    operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, _wide(x.dtype)))
+    operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, wide(x.dtype)))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
+    fused = None
+    if choice.matrices is not None:
+        rate = 0.0 if seed is None else spec.dropout_rate
+        fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
-    return _traced_once(spec, *operands, key)
-
-
-def check_implementation(implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`implementation={implementation!r}` is not available; use None (choose) or one of {IMPLEMENTATIONS}."
-        )
-
-
-def _compute_dtype(x: jax.Array) -> Any:
-    return x.dtype if x.dtype in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16) else jnp.float32
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+    return _traced_once(_Product(spec, fused), *operands, seed)
 
 
 def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array:
     """`scale * second`, multiplied in float32 (float64 for float64) and rounded once to `dtype`."""
-    wide = _wide(dtype)
-    return (second.astype(wide) * jnp.asarray(scale, wide)).astype(dtype)
+    up = wide(dtype)
+    return (second.astype(up) * jnp.asarray(scale, up)).astype(dtype)
 
 
-def _down(spec: Contraction, x: jax.Array, first: jax.Array, key: jax.Array | None) -> jax.Array:
-    """`drop(x)·first`, accumulated wide and rounded once to the compute dtype."""
-    dtype = _compute_dtype(x)
-    dropped = drop(x.astype(dtype), key, spec.dropout_rate, spec.columns)
-    wide = contract(
-        dropped, spec.x, first.astype(dtype), spec.first, spec.h,
-        precision=spec.precision, preferred_element_type=_wide(dtype), out_sharding=_h_sharding(spec),
-    )  # fmt: skip
-    return _times(wide, rescaling(key, spec.dropout_rate)).astype(dtype)
+@dataclass(frozen=True)
+class _Product:
+    """A contraction and what computes it."""
+
+    spec: Contraction
+    fused: Fused | None
+
+    def forward(self, x: Any, w: Any, first: Any, up: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
+        """`(y, h)`: the result and what the way back needs."""
+        spec, fused = self.spec, self.fused
+        if fused is None:
+            return plain.forward(spec, x, w, first, up, seed)
+        y, h = fused.forward(_short(x), _short(w), *self._factors(first, up), seed)
+        m = fused.matrices
+        y = reorder(y, fused.y, (*m.outer, *m.rows)) if m.flipped else y
+        return y.reshape(_shape(spec.y, (spec.x, x), (spec.w, w))), h
+
+    def backward(
+        self, dy: Any, x: Any, w: Any, first: Any, up: Any, h: Any, seed: Any, wants: Wants, x_dtype: Any
+    ) -> tuple[Any, Any, Any]:
+        """Gradients of `x`, `first` and `up`, the last two in the wide dtype."""
+        spec, fused = self.spec, self.fused
+        if fused is None:
+            return plain.backward(spec, dy, x, w, first, up, h, seed, wants, x_dtype)
+        a, b = self._factors(first, up)
+        # Where no gradient needs `x` its place is held by zeros that nobody reads.
+        short_x = jnp.zeros(fused.matrices.shape(fused.x), fused.dtype) if x is None else _short(x)
+        short_dy = _order(dy, spec.y, fused.y)
+        dx, da, db = fused.backward(short_dy, short_x, _short(w), a, b, h, seed, wants)
+        inner, outer = fused.matrices.inner, fused.matrices.outer
+        if dx is not None:
+            dx = _laid_out(dx.reshape(_shape(spec.x, (spec.y, dy), (spec.w, w))), spec.x_sharding)
+        if da is not None:
+            da = self._unfold(da, (*inner, *fused.matrices.rank), spec.first, first)
+            da = _laid_out(da, plain.gradient_sharding(first, dy))
+        if db is not None:
+            db = self._unfold(db, (*fused.matrices.rank, *outer), spec.second, up)
+            db = _laid_out(db, plain.gradient_sharding(up, dy))
+        return dx, da, db
+
+    def _factors(self, first: Any, up: Any) -> tuple[jax.Array, jax.Array]:
+        """(*inner, R) and (R, *outer), thin copies."""
+        assert self.fused is not None
+        m = self.fused.matrices
+        a, b = _order(first, self.spec.first, (*m.inner, *m.rank)), _order(up, self.spec.second, (*m.rank, *m.outer))
+        return (
+            a.reshape(*m.shape(m.inner), m.rank_size).astype(self.fused.dtype),
+            b.reshape(m.rank_size, *m.shape(m.outer)),
+        )
+
+    def _unfold(self, gradient: jax.Array, axes: Axes, to: Axes, like: Any) -> jax.Array:
+        """From (*inner, R) or (R, *outer) to the factor's own axes."""
+        sizes = axis_sizes((to, like.shape))
+        order = tuple(name for name in to if name in axes)
+        gradient = gradient.reshape([sizes[name] for name in axes])
+        return reorder(gradient, axes, order).reshape(like.shape)
 
 
-def _times(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+def _laid_out(x: jax.Array, sharding: Any) -> jax.Array:
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
-def _h_sharding(spec: Contraction) -> Any:
-    """Split as `x` is; the rank is not."""
-    if spec.x_sharding is None:
-        return None
-    entries = dict(zip(spec.x, spec.x_sharding.spec, strict=False))
-    return NamedSharding(spec.x_sharding.mesh, PartitionSpec(*(entries.get(name) for name in spec.h)))
+def _short(x: jax.Array) -> jax.Array:
+    """Without axes of length one."""
+    return lax.squeeze(x, [d for d, n in enumerate(x.shape) if n == 1])
 
 
-def _gradient_sharding(x: jax.Array, dy: jax.Array) -> Any:
-    """That of `x`; where only other operands live on the mesh, a whole copy on each device."""
-    return _compat.explicit_sharding(x) or _everywhere(dy)
+def _order(x: jax.Array, axes: Axes, to: Axes) -> jax.Array:
+    """`x` with the axes `to`; those that are left out have length one."""
+    x = lax.squeeze(x, [d for d, name in enumerate(axes) if name not in to])
+    return reorder(x, tuple(name for name in axes if name in to), to)
 
 
-def _everywhere(dy: jax.Array) -> Any:
-    sharding = _compat.explicit_sharding(dy)
-    return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-
-
-def _forward(spec, x, w, first, second, scale, key):
-    y = contract(
-        x, spec.x, w, spec.w, spec.y, summed=spec.summed,
-        precision=spec.precision, preferred_element_type=spec.preferred_element_type,
-        out_sharding=spec.out_sharding,
-    )  # fmt: skip
-    h = _down(spec, x, first, key)
-    up = contract(
-        h, spec.h, scaled(second, scale, h.dtype), spec.second, spec.y,
-        precision=spec.precision, preferred_element_type=y.dtype, out_sharding=_compat.explicit_sharding(y),
-    )  # fmt: skip
-    return y + up.astype(y.dtype), h
+def _shape(axes: Axes, *operands: tuple[Axes, Any]) -> tuple[int, ...]:
+    sizes = axis_sizes(*((names, x.shape) for names, x in operands))
+    return tuple(sizes[name] for name in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_rank(spec, x, w, first, second, scale, key):
-    return _forward(spec, x, w, first, second, scale, key)[0]
+def _low_rank(product, x, w, first, second, scale, seed):
+    return product.forward(x, w, first, scaled(second, scale, compute_dtype(x)), seed)[0]
 
 
-def _fwd(spec, x, w, first, second, scale, key):
-    y, h = _forward(spec, x.value, w.value, first.value, second.value, scale.value, _value(key))
+def _fwd(product, x, w, first, second, scale, seed):
+    up = scaled(second.value, scale.value, compute_dtype(x.value))
+    seed = None if seed is None else seed.value
+    y, h = product.forward(x.value, w.value, first.value, up, seed)
     # The structure of the residuals (None or not) tells the backward pass which gradients are wanted.
     wants = {
         "x": () if x.perturbed else None,
@@ -169,76 +165,27 @@ def _fwd(spec, x, w, first, second, scale, key):
         "second": () if second.perturbed or scale.perturbed else None,
     }
     keeps_x = w.perturbed or first.perturbed
-    residuals = (
-        x.value if keeps_x else None,
-        w.value,
-        first.value,
-        second.value,
-        scale.value,
-        _value(key),
-        h,
-    )
+    residuals = (x.value if keeps_x else None, w.value, first.value, second.value, scale.value, seed, h)
     return y, (residuals, wants, jnp.zeros((), x.value.dtype))
 
 
-def _value(primal: Any) -> Any:
-    return None if primal is None else primal.value
-
-
-def _bwd(spec, saved, dy):
-    (x, w, first, second, scale, key, h), wants, like_x = saved
+def _bwd(product, saved, dy):
+    (x, w, first, second, scale, seed, h), wanted, like_x = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None, None
-    dtype, wide = h.dtype, _wide(h.dtype)
+    wants = Wants(*(wanted[name] is not None for name in ("x", "first", "second")))
+    up = scaled(second, scale, compute_dtype(like_x))
     dx = dw = dfirst = dsecond = dscale = None
-    dy_low = dy.astype(dtype)
-    like = functools.partial(_gradient_sharding, dy=dy)
-    pair = functools.partial(contract, precision=spec.precision)
-    if wants["x"] is not None or wants["first"] is not None:
-        up = scaled(second, scale, dtype)
-        g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide, out_sharding=like(h))
-        # Here once for both gradients that pass through the mask: on the thin float32 sum, before it is rounded.
-        g = _times(g, rescaling(key, spec.dropout_rate)).astype(dtype)
-    if wants["x"] is not None:
-        through_base = pair(
-            dy,
-            spec.y,
-            w,
-            spec.w,
-            spec.x,
-            preferred_element_type=_like(dy, like_x),
-            out_sharding=spec.x_sharding or _everywhere(dy),
-        )
-        through_low = pair(
-            g,
-            spec.h,
-            first.astype(dtype),
-            spec.first,
-            spec.x,
-            preferred_element_type=_like(dy, like_x),
-            out_sharding=spec.x_sharding or _everywhere(dy),
-        )
-        # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
-        dropped = drop(through_low, key, spec.dropout_rate, spec.columns)
-        dx = (through_base + dropped).astype(like_x.dtype)
-    if wants["w"] is not None:
-        dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype), out_sharding=like(w)).astype(
-            w.dtype
-        )
-    if wants["first"] is not None:
-        dropped = drop(x.astype(dtype), key, spec.dropout_rate, spec.columns)
-        dfirst = pair(
-            dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide, out_sharding=like(first)
-        ).astype(first.dtype)
-    if wants["second"] is not None:
-        unscaled = pair(h, spec.h, dy_low, spec.y, spec.second, preferred_element_type=wide, out_sharding=like(second))
-        dsecond = (unscaled * scale.astype(wide)).astype(second.dtype)
-        dscale = (unscaled * second.astype(wide)).sum().astype(scale.dtype)
+    if any(wants):
+        dx, dfirst, dup = product.backward(dy, x, w, first, up, h, seed, wants, like_x.dtype)
+        if dfirst is not None:
+            dfirst = dfirst.astype(first.dtype)
+        if dup is not None:
+            dsecond = (dup * scale.astype(dup.dtype)).astype(second.dtype)
+            dscale = (dup * second.astype(dup.dtype)).sum().astype(scale.dtype)
+    if wanted["w"] is not None:
+        dw = plain.weight_gradient(product.spec, x, w, dy)
     return dx, dw, dfirst, dsecond, dscale, None
-
-
-def _like(dy: jax.Array, x: jax.Array) -> Any:
-    return jnp.promote_types(dy.dtype, x.dtype)
 
 
 _low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.ops.choice import only_xla
 from lora_jax.ops.contract import contract, reorder
+from lora_jax.ops.contraction import Contraction
 from lora_jax.ops.dropout import drop, rescaling
-from lora_jax.ops.low_rank import Contraction, low_rank_contract, scaled
+from lora_jax.ops.low_rank import low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
 from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather, take_from_factor
@@ -75,17 +77,18 @@ class Lora:
         )  # fmt: skip
         y = low_rank_contract(
             spec, x.reshape(dot.split_x), w.base.reshape(dot.split_w), first[0], second[0],
-            self.site.scale, key, self.implementation,
+            self.site.scale, key, self.implementation, self.name,
         )  # fmt: skip
         return y.reshape(dot.out_shape)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+        only_xla("a convolution", self.implementation, self.name)
         y = _compat.bind(eqn, [x, w.base])[0]
         features = (eqn.params["dimension_numbers"].lhs_spec[1],)
         up = low_rank_conv(
             eqn, drop(x, key, self.dropout_rate, features), w.dims, (a, a_axes), (b, b_axes),
-            self.site.scale, rescaling(key, self.dropout_rate),
+            self.site.scale, 1.0 if key is None else rescaling(self.dropout_rate),
         )  # fmt: skip
         return None if up is None else y + up.astype(y.dtype)
 
@@ -96,6 +99,7 @@ class Lora:
             a, a_axes, b, b_axes = b, b_axes, a, a_axes
         if {*a_axes} != {*groups, *inner, RANK} or {*b_axes} != {*groups, *outer, RANK}:
             return None
+        only_xla("a grouped product", self.implementation, self.name)
         y = _compat.bind(eqn, [x, w.base, sizes])[0]
         n_groups, k, n = w.base.shape
         rank = a.shape[a_axes.index(RANK)]
@@ -103,11 +107,14 @@ class Lora:
         b = reorder(b, b_axes, (*groups, RANK, *outer)).reshape(n_groups, rank, n)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         h = lax.ragged_dot(drop(x, key, self.dropout_rate), a, sizes, preferred_element_type=wide)
-        h = (h * jnp.asarray(rescaling(key, self.dropout_rate), wide)).astype(x.dtype)
+        if key is not None:
+            h *= jnp.asarray(rescaling(self.dropout_rate), wide)
+        h = h.astype(x.dtype)
         return y + lax.ragged_dot(h, scaled(b, self.site.scale, x.dtype), sizes, preferred_element_type=y.dtype)
 
     def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array | Virtual:
         """Rows of an embedding table, or whole matrices of a stack chosen by index."""
+        only_xla("a lookup", None, self.name)
         base = _compat.bind(eqn, [w.base, indices])[0]
         column = {w.dims[d][0]: c for d, c in picks.items()}
         batch = batch_atoms(min(column), eqn)

@@ -1,0 +1,169 @@
+"""Which implementation computes a product, and why not another one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.ops.contraction import Contraction
+from lora_jax.ops.families import FAMILIES, Family
+from lora_jax.ops.matrices import Matrices, as_matrices
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`print` it: the implementation, and for each other one why it does not run.
+
+    **Fields:**
+
+    - `implementation`: `"xla"` or the name of a family of kernels.
+    - `reasons`: `{name: why not}` for the others.
+    - `matrices`: the product as one of matrices, where kernels run.
+    - `name`: of the parameter, where known.
+    """
+
+    implementation: str
+    reasons: Mapping[str, str]
+    matrices: Matrices | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        size = ""
+        if self.matrices is not None:
+            size = "  M={}, K={}, N={}, R={}".format(*self.matrices.mknr)
+            size += ", weight stored (N, K)" if self.matrices.transposed else ""
+        return "\n".join([self.implementation + size, *(f"  not {name}: {why}" for name, why in self.reasons.items())])
+
+
+def names() -> tuple[str, ...]:
+    return ("xla", *FAMILIES)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises for a name that no implementation has."""
+    if implementation is not None and implementation not in names():
+        raise ValueError(
+            f"`implementation={implementation!r}` is not available; use None (choose) or one of {names()}."
+        )
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects the choices made for the products that are traced inside the block."""
+    _records.append([])
+    try:
+        yield _records[-1]
+    finally:
+        _records.pop()
+
+
+_records: list[list[Choice]] = []
+
+
+def choose(
+    spec: Contraction,
+    sizes: Mapping[Any, int],
+    x: Any,
+    w: Any,
+    implementation: str | None,
+    *,
+    dropped: bool,
+    name: str = "",
+) -> Choice:
+    """The implementation asked for or, for None, the first family without a reason against it; else XLA.
+
+    `x` and `w`: arrays or abstract values. **Raises:** `ValueError` with the reason where a family is asked for by name
+    and can't run.
+    """
+    check_implementation(implementation)
+    matrices = as_matrices(spec, sizes)
+    reasons: dict[str, str] = {}
+    chosen = None
+    for each, family in FAMILIES.items():
+        if implementation not in (None, each):
+            reasons[each] = f"`implementation={implementation!r}` was asked for"
+        elif chosen is not None:
+            reasons[each] = f"{chosen} comes first"
+        else:
+            why = _why_not(family, spec, matrices, x, w, dropped, by_name=implementation is not None)
+            if why is None:
+                chosen = each
+            elif implementation == each:
+                of = f" of `{name}`" if name else ""
+                raise ValueError(
+                    f"`implementation={each!r}` can't run the product{of} {tuple(x.shape)} x {tuple(w.shape)}: {why}. "
+                    'Use None (choose) or "xla".'
+                )
+            else:
+                reasons[each] = why
+    if chosen is None:
+        return record(Choice("xla", reasons, name=name))
+    assert isinstance(matrices, Matrices)
+    return record(Choice(chosen, {"xla": f"{chosen} can run and comes first", **reasons}, matrices, name))
+
+
+def only_xla(what: str, implementation: str | None, name: str) -> None:
+    """Notes the choice of XLA for what no kernel computes. **Raises:** `ValueError` where one was asked for."""
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f'`implementation={implementation!r}` can\'t run `{name}`: {what}. Use None (choose) or "xla".'
+        )
+    record(Choice("xla", dict.fromkeys(FAMILIES, what), name=name))
+
+
+def record(choice: Choice) -> Choice:
+    for each in _records:
+        each.append(choice)
+    return choice
+
+
+def _why_not(
+    family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
+) -> str | None:
+    device = _compat.target_device()
+    if device.platform not in family.platforms:
+        return f"needs {family.needs}; the platform here is {device.platform}"
+    if family.capability is not None:
+        least, most = family.capability
+        if device.capability is None or not least <= device.capability <= most:
+            has = "an unknown compute capability" if device.capability is None else "{}.{}".format(*device.capability)
+            return f"needs {family.needs}; {device.kind} has {has}"
+    if why := _types(spec, x, w):
+        return why
+    if isinstance(matrices, str):
+        return matrices
+    if why := _mesh(x):
+        return why
+    module = family.load()
+    if isinstance(module, str):
+        return module
+    m, k, n, rank = matrices.mknr
+    if why := module.unsupported(m, k, n, rank, x.dtype):
+        return why
+    if not by_name and hasattr(module, "slower"):
+        return module.slower(m, k, n, rank, x.dtype, dropped, device.kind)
+    return None
+
+
+def _types(spec: Contraction, x: Any, w: Any) -> str | None:
+    if x.dtype != w.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes a bfloat16 or float16 weight and data of its dtype, not {x.dtype} data and a {w.dtype} weight"
+    if spec.preferred_element_type is not None and spec.preferred_element_type != x.dtype:
+        return f"the result is wanted in {jnp.dtype(spec.preferred_element_type)}; the kernels give {x.dtype}"
+    precisions = spec.precision if isinstance(spec.precision, tuple) else (spec.precision,)
+    if any(p not in (None, lax.Precision.DEFAULT, "default") for p in precisions):
+        return f"precision={spec.precision} is asked for; the kernels have the default one only"
+    return None
+
+
+def _mesh(x: Any) -> str | None:
+    kinds = set(_compat.mesh_axis_kinds(x))
+    if len(kinds) > 1:
+        return f"the axes of the mesh are of several kinds here ({', '.join(sorted(kinds))})"
+    return None

@@ -1,0 +1,52 @@
+"""The families of fused kernels that a product may run on, and what each must offer.
+
+A family is a module with these functions, on matrices of one dtype, with the scale already in `b`:
+
+    unsupported(m, k, n, rank, dtype) -> why it can't compute these sizes, or None
+    slower(m, k, n, rank, dtype, dropped, device_kind) -> why XLA is faster there, or None (optional)
+    h_layout(rank) -> (whether `h` is (R', M') and not (M', R'), R')
+    forward(x, w, a, b, drop, transposed=) -> (y, h)
+    backward(dy, x, w, a, b, h, drop, transposed=, wants=) -> (dx, da, db), da and db in float32
+    Drop(seed, threshold): `seed` is four int32, the key's two words and the first row and column of `x`
+    Wants(x, a, b)
+
+`h` may come back with as few as M rows. Modules are imported when they are first needed: Pallas takes its time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """A module of kernels and the machines it is for."""
+
+    module: str
+    platforms: tuple[str, ...]
+    needs: str
+    # Least and greatest compute capability; None where the platform alone decides.
+    capability: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def load(self) -> ModuleType | str:
+        """The module, or why it can't be imported."""
+        try:
+            return importlib.import_module(self.module)
+        except ImportError as error:
+            return f"its kernels can't be imported: {error}"
+
+
+# Tests put a family of reference kernels here, under a name of its own or in the place of one of these.
+FAMILIES: dict[str, Family] = {
+    "mosaic_gpu": Family("lora_jax.kernels.mosaic_lora", ("cuda",), "a Hopper GPU (H100, H200)", ((9, 0), (9, 0))),
+    "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere or newer GPU", ((8, 0), (99, 0))),
+}
+
+
+def kernels(name: str) -> Any:
+    module = FAMILIES[name].load()
+    assert not isinstance(module, str), module
+    return module
