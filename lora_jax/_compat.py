@@ -144,12 +144,12 @@ def target_device() -> Device:
         return Device(
             _platform(abstract.platform, abstract.device_kind), abstract.device_kind, (9, 0) if hopper else None
         )
-    device = jax.config.jax_default_device
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     capability = str(getattr(device, "compute_capability", "")).split(".")
     known = tuple(map(int, capability)) if len(capability) == 2 else None
-    return Device(_platform(device.platform, device.device_kind), device.device_kind, known)  # type: ignore[arg-type]
+    return Device(_platform(device.platform, device.device_kind), device.device_kind, known)
 
 
 def _platform(platform: str, kind: str) -> str:

@@ -31,6 +31,10 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
     composes with `jit`, `grad`, `vmap`, `checkpoint`, `scan` and `eval_shape`; wrap it in `jax.jit`, since every
     call traces. Pass `params` as an argument of the jitted function, not as a constant it closes over.
 
+    `implementation`: of the adapted products. None lets each one run on what suits the platform, its dtypes and its
+    sizes (`lora_jax.explain` shows which, and why); `"xla"` is the plain one; `"mosaic_gpu"` and `"triton"` are fused
+    GPU kernels and an error, with the reason, for a product that they can't compute.
+
     **Arguments of the result:**
 
     - `params`: the base, unchanged; `adapter`: an `Adapter` for the planned parameters, whose own rank, alpha and

@@ -19,6 +19,7 @@ from flax.core.scope import in_filter, union_filters
 from lora_jax import functional, planning
 from lora_jax.adapters import Adapter
 from lora_jax.config import LoRAConfig
+from lora_jax.ops.choice import check_implementation
 from lora_jax.planning import Plan
 
 LORA = "lora"
@@ -35,6 +36,7 @@ def adapt(
     method: Any = None,
     mutable: Any = False,
     axis_roles: Mapping[str, str] | None = None,
+    implementation: str | None = None,
     call: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[AdaptedModule, Adapter]:
@@ -48,6 +50,7 @@ def adapt(
     - `variables`: the other collections the call needs (`"batch_stats"`, `"cache"` ...).
     - `rngs`, `mutable`: as in `model.apply`, where the example call needs them.
     - `axis_roles`: see `lora_jax.plan`.
+    - `implementation`: of the products; see `lora_jax.apply`.
     - `call`: keyword arguments of the example call that have a name of this function's, e.g. `{"key": ...}`.
 
     **Returns:** `(adapted, adapter)`; apply as
@@ -59,18 +62,21 @@ def adapt(
     inputs = (_others(variables or {}), _streams(rngs)[0], args, {**kwargs, **(call or {})})
     fn = _caller(model, method, mutable)
     plan = planning.plan(fn, params, *inputs, config=config, axis_roles=axis_roles)
-    return AdaptedModule(model, plan), plan.init(key, params)
+    check_implementation(implementation)
+    return AdaptedModule(model, plan, implementation), plan.init(key, params)
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedModule:
     """A linen module whose planned parameters are adapted; holds no arrays.
 
-    **Fields:** `module`, the base as it was; `plan`, what is adapted. Other attributes are the base's.
+    **Fields:** `module`, the base as it was; `plan`, what is adapted; `implementation`, of its products. Other
+    attributes are the base's.
     """
 
     module: nn.Module
     plan: Plan
+    implementation: str | None = None
 
     def apply(
         self,
@@ -97,7 +103,7 @@ class AdaptedModule:
                 )
         fn = _caller(self.module, method, mutable, capture_intermediates)
         streams, key = _streams(rngs)
-        adapted = functional.apply(fn, self.plan)
+        adapted = functional.apply(fn, self.plan, implementation=self.implementation)
         out = adapted(variables["params"], variables[LORA], _others(variables), streams, args, kwargs, key=key)
         if mutable is True:
             y, updated = out
@@ -125,7 +131,7 @@ class AdaptedModule:
         return Bound(self, dict(variables), rngs, mutable)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("module", "plan"):
+        if name.startswith("__") or name in ("module", "plan", "implementation"):
             raise AttributeError(name)
         value = getattr(self.module, name)
         if callable(value) and inspect.getattr_static(nn.Module, name, None) is not None:

@@ -14,10 +14,11 @@ from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.merging import merge as merge_params
 from lora_jax.nnx_call import BASE_PARAMS, Call, Item
+from lora_jax.ops.choice import check_implementation
 from lora_jax.planning import Plan
 
 # Attributes of the wrapper itself; every other one is the base's.
-OWN = frozenset({"base", "lora", "lora_plan", "lora_rngs", "deterministic"})
+OWN = frozenset({"base", "lora", "lora_plan", "lora_implementation", "lora_rngs", "deterministic"})
 
 
 def adapt(
@@ -27,6 +28,7 @@ def adapt(
     rngs: nnx.Rngs,
     method: str = "__call__",
     axis_roles: Mapping[str, str] | None = None,
+    implementation: str | None = None,
     call: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> AdaptedModule:
@@ -38,6 +40,7 @@ def adapt(
       Nothing is computed and no state of the model advances.
     - `rngs`: its `"lora"` stream (or the default) draws the factors and, later, dropout masks.
     - `axis_roles`: see `lora_jax.plan`.
+    - `implementation`: of the products; see `lora_jax.apply`.
     - `call`: keyword arguments of the example call that have a name of this function's, e.g. `{"rngs": ...}`.
 
     **Returns:** a module that is called like `model`. Its factors are `nnx.LoRAParam`s:
@@ -57,7 +60,9 @@ def adapt(
         example.fn, example.params, example.state, example.inputs, config=config, axis_roles=axis_roles
     )
     adapter = plan.init(rngs.lora(), example.params)
-    return AdaptedModule(model, plan, adapter, nnx.Rngs(lora=rngs.lora()) if config.dropout > 0 else None)
+    check_implementation(implementation)
+    draws = nnx.Rngs(lora=rngs.lora()) if config.dropout > 0 else None
+    return AdaptedModule(model, plan, adapter, draws, implementation)
 
 
 class _Static:
@@ -79,10 +84,13 @@ class AdaptedModule(nnx.Module):
     runs unadapted: nothing tells it from any other.)
     """
 
-    def __init__(self, base: nnx.Module, plan: Plan, adapter: Adapter, rngs: nnx.Rngs | None):
+    def __init__(
+        self, base: nnx.Module, plan: Plan, adapter: Adapter, rngs: nnx.Rngs | None, implementation: str | None = None
+    ):
         self.base = base
         self.lora = _variables(adapter.to_dict())
         self.lora_plan = _Static(plan)
+        self.lora_implementation = implementation
         if rngs is not None:
             self.lora_rngs = rngs
             self.deterministic = False
@@ -196,7 +204,7 @@ def _run(model: AdaptedModule, path: tuple[Any, ...], method: str, args: Any, kw
     key = None
     if "lora_rngs" in model.__dict__ and not model.deterministic:
         key = model.lora_rngs.lora()
-    adapted = functional.apply(call.fn, plan_of(model))
+    adapted = functional.apply(call.fn, plan_of(model), implementation=model.lora_implementation)
     out, changes = adapted(call.params, adapter_of(model), call.state, call.inputs, key=key)
     call.put_back(changes)
     return out

@@ -1,6 +1,7 @@
 """Array-level operations: no knowledge of models, jaxprs or plans."""
 
 from lora_jax.ops.choice import Choice as Choice
+from lora_jax.ops.choice import recording as recording
 from lora_jax.ops.contraction import Contraction as Contraction
 from lora_jax.ops.dropout import dropout as dropout
 from lora_jax.ops.lora_dot import explain as explain

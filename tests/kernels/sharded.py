@@ -36,7 +36,10 @@ CASES = {
     "fully sharded, column": (
         (P("d"), P("d", "t"), P(), P(None, "t"), P("d", None, "t")), (24, K, N // 2), K * N // 2,
     ),
-    "weight only": ((P(), P("d", "t"), P("d"), P(None, "t"), P(None, None, "t")), (T * M, K // 2, N // 2), 0),
+    # x is whole on every device, and so dx must be.
+    "weight only": (
+        (P(), P("d", "t"), P("d"), P(None, "t"), P(None, None, "t")), (T * M, K // 2, N // 2), T * M * K,
+    ),
 }  # fmt: skip
 # Rows of one device that don't lie together have no first row to give to a kernel that draws a mask.
 APART = ("sequence", "batch and sequence")
