@@ -148,7 +148,7 @@ def target_device() -> Device:
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     capability = str(getattr(device, "compute_capability", "")).split(".")
-    known = tuple(map(int, capability)) if len(capability) == 2 else None
+    known = (int(capability[0]), int(capability[1])) if len(capability) == 2 else None
     return Device(_platform(device.platform, device.device_kind), device.device_kind, known)
 
 

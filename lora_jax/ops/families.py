@@ -7,7 +7,8 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     h_layout(rank) -> (whether `h` is (R', M') and not (M', R'), R')
     forward(x, w, a, b, drop, transposed=) -> (y, h)
     backward(dy, x, w, a, b, h, drop, transposed=, wants=) -> (dx, da, db), da and db in float32
-    Drop(seed, threshold): `seed` is four int32, the key's two words and the first row and column of `x`
+    Drop(seed, threshold): `seed` is four int32: the key's two words, and the first row and column of `x` in
+        the whole array, the column a multiple of 128
     Wants(x, a, b)
 
 `h` may come back with as few as M rows. Modules are imported when they are first needed: Pallas takes its time.

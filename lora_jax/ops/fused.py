@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from lora_jax import _compat
 from lora_jax.ops import partition, plain
 from lora_jax.ops.contract import Axes
 from lora_jax.ops.contraction import Contraction
@@ -25,6 +26,7 @@ from lora_jax.ops.plain import Block, Wants
 from lora_jax.ops.split import NOT_SPLIT, Split
 
 RANK, THIN = "rank", "thin"  # `THIN`: the rank as the kernels pad it
+COLUMNS = 128  # `counter_bits` pairs them within as many
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ class Fused:
             x.reshape(m, k), w.reshape((n, k) if self.matrices.transposed else (k, n)), a.reshape(k, r),
             b.reshape(r, n), self._drop(module, block, x, seed), transposed=self.matrices.transposed,
         )  # fmt: skip
+        # Inside `shard_map` a kernel's results are typed as the same on all devices.
+        y, h, *_ = _compat.vary_alike(y, h, x, w, a, b)
         rows = x.shape[: len(self.matrices.rows)]
         rank_first, thin = self._layout
         h = h[:, :m].reshape(thin, *rows) if rank_first else h[:m].reshape(*rows, thin)
@@ -164,6 +168,7 @@ class Fused:
             a.reshape(k, r), b.reshape(r, n), h.reshape((thin, m) if rank_first else (m, thin)),
             self._drop(module, block, x, seed), transposed=self.matrices.transposed, wants=module.Wants(*wants),
         )  # fmt: skip
+        dx, da, db, *_ = _compat.vary_alike(dx, da, db, dy, x, w, a, b)
         shapes = (x.shape, a.shape, b.shape)
         dx, da, db = (None if g is None else g.reshape(s) for g, s in zip((dx, da, db), shapes, strict=True))
         return dx, da, db
@@ -171,13 +176,15 @@ class Fused:
     def _module_for(self, split: Split, x: Any, b: Any) -> tuple[Any, tuple[int, int, int, int]]:
         """The kernels and the sizes of this part; no kernels where the part is none for them.
 
-        They know a part's place as a first row and a first column: parts of rows that don't lie together have neither.
+        For its mask they know a part's place as a first row and a first column, the latter a multiple of 128: parts of
+        rows that don't lie together have neither.
         """
         rows = len(self.matrices.rows)
         sizes = math.prod(x.shape[:rows]), math.prod(x.shape[rows:]), math.prod(b.shape[1:]), b.shape[0]
         module = kernels(self.family)
         inside = (*self.matrices.rows[1:], *self.matrices.inner[1:])
-        if self.dropout_rate and any(name in split.over for name in inside):
+        ragged = sizes[1] % COLUMNS and any(name in split.over for name in self.matrices.inner)
+        if self.dropout_rate and (ragged or any(name in split.over for name in inside)):
             return None, sizes
         return (None if module.unsupported(*sizes, self.dtype) else module), sizes
 

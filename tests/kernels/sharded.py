@@ -19,7 +19,7 @@ from tests.kernels import reference_kernels
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 F16, RATE, SCALE, KEY = np.float16, 0.25, 2.7, jax.random.key(2)
 FACTOR = 65536 / (65536 - round(RATE * 65536))
-T, M, K, N, R = 4, 12, 160, 64, 3
+T, M, K, N, R = 4, 12, 256, 64, 3
 X, W = cast(normal(T, M, K), F16), cast(normal(K, N), F16)
 A, B = cast(normal(K, R) / 2, np.float32), cast(normal(R, N), np.float32)
 DY = cast(normal(T, M, N, seed=3), F16)
@@ -32,6 +32,7 @@ CASES = {
     "batch and sequence": ((P("d", "t"), P(), P(), P(), P("d", "t")), (12, K, N), 0),
     "column": ((P("d"), P(None, "t"), P(), P(None, "t"), P("d", None, "t")), (24, K, N // 2), 0),
     "row": ((P("d", None, "t"), P("t"), P("t"), P(), P("d")), (24, K // 2, N), 0),
+    "row, both axes": ((P(None, None, ("d", "t")), P(("d", "t")), P(("d", "t")), P(), P()), (T * M, K // 4, N), 0),
     "fully sharded": ((P(("d", "t")), P("d", "t"), P("d"), P(None, "t"), P(("d", "t"))), (12, K, N), K * N),
     "fully sharded, column": (
         (P("d"), P("d", "t"), P(), P(None, "t"), P("d", None, "t")), (24, K, N // 2), K * N // 2,
@@ -41,8 +42,9 @@ CASES = {
         (P(), P("d", "t"), P("d"), P(None, "t"), P(None, None, "t")), (T * M, K // 2, N // 2), T * M * K,
     ),
 }  # fmt: skip
-# Rows of one device that don't lie together have no first row to give to a kernel that draws a mask.
-APART = ("sequence", "batch and sequence")
+# A kernel that draws a mask is told a first row and a first column. Rows of one device that don't lie together have no
+# first one, and columns must start at a multiple of 128.
+APART = ("sequence", "batch and sequence", "row, both axes")
 
 
 def run(key: Any, implementation: str | None = "reference") -> Any:
