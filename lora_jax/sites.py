@@ -52,7 +52,7 @@ class Site:
     - `rank`, `alpha`, `rslora`: scale is `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
     - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
-      as well. The adapter changes both uses; an exporter has to write both.
+      as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
     """
 
     path: tuple[str, ...]

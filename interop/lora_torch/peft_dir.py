@@ -26,11 +26,12 @@ from lora_jax.config import LoRAConfig
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
 
-from .arrays import convert, ops_of
+from .arrays import convert
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
+from .peft_full import full_tensors
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
-from .peft_names import Names, as_naming, fan_in_fan_out, full_entries, places, torch_path, with_stacks
+from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
 from .peft_read import CONFIG_FILE, TENSOR_FILE
 from .peft_tensors import Placement, to_modules
 from .peft_tensors import tied as tied_factors
@@ -64,7 +65,7 @@ def save_peft(
     - `target`: who will read it. `"vllm"` and `"gguf"` fold the scale into B and pad all ranks to the largest.
     - `names`: a `Naming`, the name of a preset (`"hf-flax"`, `"nnx"`, `"tunix"`, …) or a table of renames.
     - `tied`: `{head's tensor: table's tensor}` where the adapted embedding is the output head as well; the head
-        gets the same adapter, transposed.
+        gets the same adapter, transposed, or the same copy if the table is trained in full.
     - `task_type`: PEFT's, e.g. `"CAUSAL_LM"`, `"SEQ_CLS"`.
     - `model_card`: True writes one, a string is written as it is, False writes none.
     - `parameter_order`: order in which a torch module registers parameters that are adapted as `target_parameters`.
@@ -84,7 +85,7 @@ def save_peft(
     config = plan_or_config.config if isinstance(plan_or_config, Plan) else plan_or_config
     naming = as_naming(names)
     placed = places(adapter.sites, naming, tied, plan and [row.path for row in plan.rows])
-    full = _full_tensors(adapter, naming)
+    full = full_tensors(adapter, naming, tied)
     full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full))
     conv1d = fan_in_fan_out(adapter.sites, naming)
     refuse(target, placed, full_modules, conv1d)
@@ -129,17 +130,6 @@ def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
         for name, factors in to_modules(place, a, b).items():
             out.append(module_of(place, name, factors))
             out += [module_of(place, head, tied_factors(factors)) for head in place.heads]
-    return out
-
-
-def _full_tensors(adapter: Adapter, naming: Any) -> dict[str, np.ndarray]:
-    """Tensors of what is trained in full, by torch name."""
-    values = {site.path: convert(adapter.leaf(site.path), "numpy") for site in adapter.sites if site.is_full}
-    out: dict[str, np.ndarray] = {}
-    for entry in full_entries(adapter.sites, naming, values):
-        if entry.part is not None:
-            raise ValueError(f"`{entry.leaf}` is only a part of `{entry.names[0]}`, which PEFT saves as a whole.")
-        out |= zip(entry.names, entry.layout.to_torch(entry.leaf.value, ops_of("numpy")), strict=True)
     return out
 
 

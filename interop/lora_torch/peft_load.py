@@ -18,6 +18,7 @@ from lora_jax.tracing import flatten_params
 
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
+from .peft_full import match_aliases
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
 from .peft_read import AdapterFile, read_sorted, scaling
@@ -90,6 +91,7 @@ def read_sites(
     keys = keys_of(placed, parameter_order)
     shapes = {site.path: np.empty(site.shape, site.dtype) for site in sites if site.is_full}
     entries = full_entries(sites, naming, shapes)
+    match_aliases(file, sites, entries, tied)
     _match_names(file, placed, keys, entries)
     _check_bases(file, sites, naming, params)
     joined = {place.site.path: _join(file, place, keys) for place in placed}

@@ -34,7 +34,7 @@ def config_for(directory: str | Path) -> LoRAConfig:
     file = read_sorted(directory)
     file.raise_if_any()
     data = without_init(file.config)
-    modules = {name.rpartition(".")[0] for name in file.full}
+    modules = {name.rpartition(".")[0] for name in file.full if name not in file.strays}
     kept = [e for e in data.get("modules_to_save") or () if any(_names(e, m) for m in modules)]
     data["modules_to_save"] = [*kept, *sorted(m for m in modules if not any(_names(e, m) for e in kept))]
     return from_peft(data)
@@ -70,9 +70,10 @@ def plan_peft(
     found = place_each(broad.sites, naming)
     chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
     own = {site.path for site in chosen}
+    tables = {site.path for site in broad.sites if site.tied and site.op == "embedding"}
     naming = with_stacks(broad.sites, naming)
     full = [
-        Site(row.path, row.shape, row.dtype, "full")
+        Site(row.path, row.shape, row.dtype, "full", tied=row.path in tables)
         for row in broad.rows
         if row.path not in own and _is_full(file, row.path, row.shape, naming)
     ]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.peft_config import TASK_HEADS, check_is_lora, refused_fields, without_init
 from lora_jax.peft_matching import bad_patterns, is_target, pattern_values
 
+from .arrays import convert, same_bits
 from .peft_keys import PREFIX
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,7 +48,8 @@ class AdapterFile:
 
     **Fields:** `config`, as stored; `pairs`, `{module: {"A": array, "B": array}}` with `.base_layer` left in nested
     names; `embeddings`, which of these have embedding keys; `full`, whole tensors of `modules_to_save`; `bases`,
-    `{module: weight}` that PEFT stores beside a targeted embedding; `problems` found so far.
+    `{module: weight}` that PEFT stores beside a targeted embedding; `strays`, whole tensors that the
+    configuration does not name; `problems` found so far.
     """
 
     directory: Path
@@ -56,6 +58,7 @@ class AdapterFile:
     embeddings: set[str] = field(default_factory=set)
     full: dict[str, np.ndarray] = field(default_factory=dict)
     bases: dict[str, np.ndarray] = field(default_factory=dict)
+    strays: dict[str, np.ndarray] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def raise_if_any(self) -> None:
@@ -178,8 +181,6 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in found.items()
     ):
         raise ValueError(f"{path} holds other things than named floating-point tensors.")
-    from .arrays import convert
-
     return {key: convert(value, "numpy") for key, value in found.items()}
 
 
@@ -210,6 +211,7 @@ def sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarr
                 out.embeddings.add(module)
         else:
             _whole_tensor(key.removeprefix(PREFIX), value, out)
+    _tied_copies(out)
     for module, pair in out.pairs.items():
         _check_pair(module, pair, out)
     for module in out.bases:
@@ -228,10 +230,20 @@ def _whole_tensor(name: str, value: np.ndarray, out: AdapterFile) -> None:
     if any(owner == entry or owner.endswith(entry) for owner in owners for entry in entries):
         out.full[name] = value
     else:
-        out.problems.append(
-            f"{PREFIX}{name} {value.shape} would overwrite a base tensor: it is no factor, and `modules_to_save` does "
-            "not name its module"
-        )
+        out.strays[name] = value
+
+
+def _tied_copies(out: AdapterFile) -> None:
+    """With `ensure_weight_tying` PEFT also saves the head that shares a copied table, and does not list it."""
+    copies = list(out.full.values()) if out.config.get("ensure_weight_tying") else []
+    for name, value in out.strays.items():
+        if any(same_bits(value, copy) for copy in copies):
+            out.full[name] = value
+        else:
+            out.problems.append(
+                f"{PREFIX}{name} {value.shape} would overwrite a base tensor: it is no factor, and `modules_to_save` "
+                "does not name its module"
+            )
 
 
 def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -> None:
