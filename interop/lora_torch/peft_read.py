@@ -275,10 +275,14 @@ def scaling(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, flo
     """`(alpha, scale)` of the module `name`, whose tensors have rank `rank`.
 
     PEFT takes the first matching pattern, in an order that its own sorted JSON changes; so patterns only confirm
-    the rank of the tensors, and alphas must not contradict one another.
+    the rank of the tensors, and alphas must not contradict one another. What `target_parameters` names, a linear
+    layer's weight too, is matched under the parameter's name.
 
     **Raises:** `ValueError` if no rank of the configuration is `rank`, or if alpha is ambiguous.
     """
+    weight = f"{name}.weight"
+    if any(weight == entry or weight.endswith(f".{entry}") for entry in config.get("target_parameters") or ()):
+        name = weight
     ranks = pattern_values(config.get("rank_pattern"), name) or [config.get("r", 8)]
     if rank not in ranks:
         said = " or ".join(map(str, dict.fromkeys(ranks)))

@@ -247,3 +247,17 @@ def test_a_table_of_several_lookups_is_refused(tmp_path: Path) -> None:
         plan = model.plan(lj.LoRAConfig(rank=4, **settings))
         with pytest.raises(ValueError, match="is also called lm_head.weight, decoder.embed_tokens.weight: PEFT adapts"):
             save_peft(random_adapter(plan), tmp_path / "ours", plan, names="hf-flax", tied=tied)
+
+
+def test_patterns_of_a_weight_targeted_as_a_parameter(tmp_path: Path) -> None:
+    """PEFT matches them with `q_proj.weight` then: one that ends in `q_proj` does not count."""
+    model = twin("llama")
+    settings = dict(target_modules=["v_proj"], target_parameters=["q_proj.weight"], init_lora_weights=False)
+    patterns = dict(rank_pattern={"q_proj.weight": 6}, alpha_pattern={"q_proj": 30, "v_proj": 5})
+    theirs = peft.get_peft_model(model.make(), peft.LoraConfig(r=4, **settings, **patterns))
+    theirs.save_pretrained(tmp_path)
+    plan = plan_peft(tmp_path, model.fn, model.params, jnp.asarray(IDS), names="hf-flax")
+    assert {(s.path[-2], s.rank, s.alpha) for s in plan.sites} == {("q_proj", 6, 8.0), ("v_proj", 4, 5.0)}
+    want = logits(theirs)
+    assert agree(model.ours(plan, load_peft(tmp_path, plan, names="hf-flax")), want)
+    assert not agree(model.base, want)
