@@ -42,6 +42,8 @@ _REFUSED = frozenset(
     "lora_bias lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_dora "
     "use_qalora velora_config".split()
 )
+# PEFT cannot merge these, or merges them wrongly.
+_NEVER_MERGED = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
 
 
 def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
@@ -64,7 +66,7 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         raise TypeError(f"a PEFT configuration is a dictionary, got {type(data).__name__}.")
     check_is_lora(data)
     problems = refused_fields(data)
-    if strict and (unknown := sorted(set(map(str, data)) - _MAPPED - _IGNORED - _REFUSED)):
+    if strict and (unknown := unknown_fields(data)):
         problems.append(f"unknown keys {', '.join(f'`{k}`' for k in unknown)} (`strict=False` drops them)")
     init = data.get("init_lora_weights", True)
     if str(init) not in _INITS_BACK:
@@ -188,7 +190,17 @@ def without_init(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def refused_fields(data: Mapping[str, Any]) -> list[str]:
     """What in `data` changes the computation and is not implemented here, one description each."""
-    return [f"`{key}={data[key]!r}` is not implemented" for key in sorted(_REFUSED & set(data)) if _is_on(data, key)]
+    out = []
+    for key in sorted(_REFUSED & set(data)):
+        if _is_on(data, key):
+            merge = "" if key in _NEVER_MERGED else ", or merge the adapter in PEFT (`merge_and_unload`)"
+            out.append(f"`{key}={data[key]!r}` is not implemented: train without it{merge}")
+    return out
+
+
+def unknown_fields(data: Mapping[str, Any]) -> list[str]:
+    """Keys that PEFT 0.21 does not have."""
+    return sorted(set(map(str, data)) - _MAPPED - _IGNORED - _REFUSED)
 
 
 def plain_number(value: float) -> int | float:

@@ -52,19 +52,25 @@ def _in_layers(data: Mapping[str, Any], module: str) -> bool:
 
 
 def bad_patterns(data: Mapping[str, Any]) -> list[str]:
-    """What in `data` PEFT would use as a regular expression and is none, one description each."""
-    texts = [data[key] for key in ("target_modules", "exclude_modules") if isinstance(data.get(key), str)]
+    """What in `data` PEFT would use as a regular expression and is none, one description each.
+
+    Lists of names become a part of an expression, where a flag such as `(?i)` is an error too.
+    """
+    texts = [(data[key], "{}") for key in ("target_modules", "exclude_modules") if isinstance(data.get(key), str)]
     lists = data.get("layers_pattern") or ()
-    texts += [lists] if isinstance(lists, str) else lists
-    texts += [
-        *(data.get("modules_to_save") or ()),
-        *(data.get("rank_pattern") or ()),
-        *(data.get("alpha_pattern") or ()),
-    ]
+    parts = [lists] if isinstance(lists, str) else lists
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+        parts = [*parts, *(data.get(key) or ())]
+    texts += [(text, "(.*)({})$") for text in parts]
     out = []
-    for text in texts:
+    for text, whole in texts:
         try:
             re.compile(text)
-        except re.error as error:
-            out.append(f"{text!r} is not a regular expression: {error}")
+            re.compile(whole.replace("{}", text))
+        except (re.error, OverflowError, RecursionError) as error:
+            out.append(f"{_shortened(text)} is not a regular expression: {error}")
     return out
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) < 80 else f"{text[:76]!r}..."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.peft_config import TASK_HEADS, check_is_lora, refused_fields, without_init
+from lora_jax.peft_config import TASK_HEADS, check_is_lora, refused_fields, unknown_fields, without_init
 from lora_jax.peft_matching import bad_patterns, is_target, pattern_values
 
 from .arrays import convert, same_bits
@@ -98,7 +99,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         hint = f"; its folders {', '.join(below)} are adapters, pass one of them" if below else ""
         raise FileNotFoundError(f"{directory} is not a PEFT adapter: there is no {CONFIG_FILE}{hint}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -109,6 +110,22 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     _check_types(path, config)
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which no key stands twice: readers differ in which of the two they take."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"it has {', '.join(map(repr, twice))} twice")
+    return out
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:
@@ -123,7 +140,7 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     for name, value in numbers:
         whole = name == "r" or name.startswith("rank")
         fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or not math.isfinite(value) or (whole and value < 1):
+        if not fits or not _is_finite(value) or (whole and value < 1):
             problems.append(f"`{name}` must be a {'positive whole' if whole else 'finite'} number, got {value!r}")
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"):
         value = config.get(key)
@@ -131,8 +148,11 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
         text = isinstance(value, str) and key not in ("modules_to_save", "target_parameters")
         if value is not None and not plain and not text:
             problems.append(f"`{key}` must be a list of names, got {value!r}")
+    if not isinstance(config.get("use_rslora") or False, bool):
+        problems.append(f"`use_rslora` must be true or false, got {config['use_rslora']!r}")
     layers = config.get("layers_to_transform")
-    if layers is not None and not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
+    listed = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         problems.append(f"`layers_to_transform` must be whole numbers, got {layers!r}")
     if not problems:
         problems = bad_patterns(config)
@@ -188,6 +208,12 @@ def sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarr
     """Gives each key its role; whatever has none is in `problems`."""
     out = AdapterFile(directory, config)
     out.problems += refused_fields({k: v for k, v in config.items() if k != "eva_config"})
+    out.problems += [
+        f"`{key}={config[key]!r}` is unknown here and may change what the adapter computes: if it does not, remove it "
+        f"from {CONFIG_FILE}"
+        for key in unknown_fields(config)
+        if config[key]
+    ]
     try:
         without_init(config)
     except ValueError as error:
