@@ -47,7 +47,7 @@ def save_peft(
     target: Literal["peft", "vllm", "gguf"] = "peft",
     names: Names = None,
     tied: Mapping[str, str] | None = None,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     model_card: str | bool = True,
     parameter_order: Sequence[str] = PARAMETER_ORDER,
@@ -98,7 +98,7 @@ def save_peft(
         config,
         None if plan is None else _others(plan, adapter.sites, naming),
         task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path,
+        base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         fan_in_fan_out=conv1d,
     )
     keys = keys_of(placed, parameter_order)
@@ -148,11 +148,14 @@ def _others(plan: Plan, sites: Sequence[Site], naming: Any) -> list[str]:
 
 
 def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str | None) -> Path:
-    """Everything goes to a folder beside `directory` first. A new directory appears whole; an old one loses its
-    configuration first and gets the new one last, so that it is never an adapter of two halves."""
+    """Everything goes to a folder of its own first. A new directory appears whole. In one that is there the
+    configuration goes first and comes last, so that it is never an adapter of two halves, and a failure puts back what
+    was there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; name a directory.")
-    work = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    final = directory.resolve()  # a link stays one
+    # Inside a directory that is there: its parent may be another file system, or not ours to write.
+    work = (final if final.is_dir() else final.parent) / f".{final.name}.{uuid.uuid4().hex}"
     work.mkdir(parents=True)
     try:
         # save_file writes the raw memory of an array that is not contiguous.
@@ -160,13 +163,29 @@ def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.
         if card is not None:
             (work / CARD_FILE).write_text(card, encoding="utf-8")
         (work / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if directory.is_dir() and any(directory.iterdir()):
-            (directory / CONFIG_FILE).unlink(missing_ok=True)
-            for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
-                if (work / name).exists():
-                    os.replace(work / name, directory / name)
+        if final.is_dir():
+            _exchange(work, final)
         else:
-            os.replace(work, directory)
+            os.replace(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory
+
+
+def _exchange(work: Path, directory: Path) -> None:
+    """Moves the files of `work` to `directory`; those they replace are kept in `work` until all are there."""
+    new = [name for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE) if (work / name).exists()]
+    old = [name for name in reversed(new) if (directory / name).exists()]
+    (work / "old").mkdir()
+    try:
+        for name in old:
+            os.replace(directory / name, work / "old" / name)
+        for name in new:
+            os.replace(work / name, directory / name)
+    except BaseException:
+        for name in new:
+            if (work / "old" / name).exists():
+                os.replace(work / "old" / name, directory / name)
+            elif name not in old:
+                (directory / name).unlink(missing_ok=True)
+        raise

@@ -161,6 +161,16 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(target_modules={"q": 1}), "`target_modules` must be a list of names"),
         (dict(target_modules="("), "is not a regular expression"),
         (dict(layers_to_transform="1"), "`layers_to_transform` must be whole numbers"),
+        (dict(layers_to_transform=True), "`layers_to_transform` must be whole numbers"),
+        (dict(use_rslora="false"), "`use_rslora` must be true or false, got 'false'"),
+        (dict(r=10**400), "`r` must be a positive whole number, got 1000"),
+        (dict(lora_alpha=10**400), "`lora_alpha` must be a finite number, got 1000"),
+        (dict(rank_pattern={"(?i)q": 2}), r"'\(\?i\)q' is not a regular expression: global flags"),
+        (dict(modules_to_save=["(?i)q"]), "is not a regular expression: global flags"),
+        (dict(alpha_pattern={"q{99999999999}": 2}), "is not a regular expression: the repetition number"),
+        (dict(rank_pattern={"(" * 5000 + ")" * 5000: 2}), "is not a regular expression: maximum recursion"),
+        (dict(use_novelty={"depth": 3}), "`use_novelty={'depth': 3}` is unknown"),
+        (dict(bias="lora_only"), "train without it, or merge the adapter in PEFT"),
     ],
 )
 def test_configurations_that_are_refused(directory: Path, changes: dict[str, Any], message: str) -> None:
@@ -174,6 +184,18 @@ def test_initialisations_that_left_the_base_alone_are_taken(directory: Path) -> 
     edit_config(directory, init_lora_weights="eva", eva_config={"rho": 2.0})
     assert load_peft(directory, plan_of()).sites == plan_of().sites
     assert config_for(directory).init == "kaiming"
+
+
+def test_a_setting_that_stands_twice(directory: Path) -> None:
+    text = (directory / CONFIG).read_text()
+    (directory / CONFIG).write_text(text.replace('"lora_alpha"', '"lora_alpha": 99, "lora_alpha"'))
+    with pytest.raises(ValueError, match="is not valid JSON: it has 'lora_alpha' twice"):
+        read_peft(directory)
+
+
+def test_an_unknown_setting_that_is_off_changes_nothing(directory: Path) -> None:
+    edit_config(directory, use_novelty=False, novelty_config=None)
+    assert load_peft(directory, plan_of()).sites == plan_of().sites
 
 
 @pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{", "\xff", "[" * 100_000, "null"])
@@ -364,6 +386,36 @@ def test_a_failure_leaves_no_half_of_a_directory(tmp_path: Path, monkeypatch: An
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if overwrite else [])
     if overwrite:
         assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+
+
+def test_a_failure_between_two_files_puts_the_old_ones_back(directory: Path, monkeypatch: Any) -> None:
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+    move, adapter = os.replace, random_adapter(plan_of(), seed=1)
+    for failing in range(6):
+        moves = iter(range(100))
+
+        def fail(source: Any, target: Any, moves: Any = moves, failing: int = failing) -> None:
+            if next(moves) == failing:
+                raise OSError("disk full")
+            move(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_peft(adapter, directory, plan_of(), overwrite=True)
+        assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    assert next(moves) == 6 + 3, "three files out, three in, and three back"
+
+
+def test_links_and_paths(tmp_path: Path) -> None:
+    plan, real = plan_of(), tmp_path / "a b"
+    for name, there in (("to nothing yet", False), ("to an empty directory", True)):
+        link, real = tmp_path / name, tmp_path / f"of {name}"
+        link.symlink_to(real)
+        if there:
+            real.mkdir()
+        save_peft(random_adapter(plan), str(link), plan, base_model_name_or_path=tmp_path / "base model")
+        assert link.is_symlink() and sorted(p.name for p in real.iterdir()) == ["README.md", CONFIG, TENSORS]
+        assert read_peft(link)[0]["base_model_name_or_path"] == str(tmp_path / "base model")
 
 
 def test_sites_without_a_name_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
