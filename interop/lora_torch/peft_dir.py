@@ -32,7 +32,7 @@ from .peft_export import Module, adapter_config, bake, module_of, refuse
 from .peft_full import full_tensors
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
-from .peft_read import CONFIG_FILE, TENSOR_FILE
+from .peft_read import CONFIG_FILE, FLOATS, TENSOR_FILE
 from .peft_tensors import Placement, to_modules
 from .peft_tensors import tied as tied_factors
 
@@ -90,6 +90,7 @@ def save_peft(
     conv1d = fan_in_fan_out(adapter.sites, naming)
     refuse(target, placed, full_modules, conv1d)
     modules = _modules(adapter, placed)
+    _check_dtypes([*(x for m in modules for x in (m.factors.a, m.factors.b)), *full.values()])
     if target != "peft":
         modules = bake(modules)
     data = adapter_config(
@@ -131,6 +132,15 @@ def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
             out.append(module_of(place, name, factors))
             out += [module_of(place, head, tied_factors(factors)) for head in place.heads]
     return out
+
+
+def _check_dtypes(arrays: Sequence[np.ndarray]) -> None:
+    kinds = {array.dtype for array in arrays}
+    if wrong := sorted(dtype.name for dtype in kinds - set(map(np.dtype, FLOATS.values()))):
+        raise ValueError(
+            f"PEFT reads {', '.join(np.dtype(dtype).name for dtype in FLOATS.values())}, not {', '.join(wrong)}; cast "
+            "first, `jax.tree.map(lambda x: x.astype('float32'), adapter)`"
+        )
 
 
 def _others(plan: Plan, sites: Sequence[Site], naming: Any) -> list[str]:

@@ -19,7 +19,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import plain_number, to_peft
 from lora_jax.targets import saved_by
 
-from .peft_tensors import Factors, Placement
+from .peft_tensors import Factors, Placement, fold
 
 TARGETS = ("peft", "vllm", "gguf")
 
@@ -75,7 +75,7 @@ def bake(modules: Sequence[Module]) -> list[Module]:
     for m in modules:
         a, b = m.factors.a, m.factors.b
         missing = rank - m.factors.rank
-        b = (b.astype(np.float64) * m.factors.scale).astype(b.dtype)
+        b = fold(b, m.factors.scale, m.name)
         a, b = np.pad(a, [(0, missing), (0, 0)]), np.pad(b, [(0, 0), (0, missing)])
         out.append(replace(m, factors=Factors(a, b, 1.0), alpha=float(rank), rslora=False))
     return out

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,7 +50,8 @@ def load_peft(
     Ranks come from the tensors, alphas from the configuration.
 
     - With a **plan** they must be the plan's, since `lora_jax.apply` computes with the plan's ranks and scales;
-      `plan_peft` makes the plan that fits. Factors take the plan's dtype.
+      `plan_peft` makes the plan that fits. Factors take the plan's dtype, copies of `modules_to_save` the wider of
+      it and the base's.
     - With **sites** the returned adapter's sites carry the file's rank, alpha and rsLoRA: enough for
       `lora_jax.merge`. Factors keep the file's dtype.
 
@@ -61,7 +63,7 @@ def load_peft(
     - `names`, `tied`, `parameter_order`: as in `save_peft`.
     - `params`: the base's parameters. PEFT stores the base weight beside the factors of a targeted embedding; with
         `params` it is compared and must be equal, without it such a file is refused.
-    - `dtype`: of the factors, whatever else is said above.
+    - `dtype`: in place of the plan's or the file's.
 
     **Raises:** `FileNotFoundError`, or one `ValueError` listing every key that is unknown, missing, misshapen or
     would overwrite the base, every module the plan lacks, and every rank or alpha that differs from the plan's.
@@ -70,12 +72,25 @@ def load_peft(
     sites = plan_or_sites.sites if isinstance(plan_or_sites, Plan) else tuple(plan_or_sites)
     if dtype is None and isinstance(plan_or_sites, Plan):
         dtype = plan_or_sites.config.dtype
-    file = read_sorted(directory)
+    file = widen(read_sorted(directory), dtype)
     found, leaves = read_sites(file, sites, as_naming(names), tied, params, parameter_order)
     if fixed:
         _must_agree(file, sites, found)
         found = sites
-    return Adapter.from_leaves({path: _as_jax(x, dtype) for path, x in leaves.items()}, found)
+    full = {site.path: site.dtype for site in sites if site.is_full}
+    out = {}
+    for path, x in leaves.items():
+        kind = x.dtype if dtype is None else jnp.promote_types(full[path], dtype) if path in full else jnp.dtype(dtype)
+        out[path] = _as_jax(x, kind, ".".join(path))
+    return Adapter.from_leaves(out, found)
+
+
+def widen(file: AdapterFile, dtype: Any) -> AdapterFile:
+    """The file with factors at least as precise as `dtype`, so that folding a scale into B rounds no earlier."""
+    if dtype is not None:
+        for pair in file.pairs.values():
+            pair.update({key: x.astype(jnp.promote_types(x.dtype, dtype)) for key, x in pair.items()})
+    return file
 
 
 def read_sites(
@@ -104,7 +119,7 @@ def read_sites(
             entry = whole[torch_path(site)]
             new.append(site)
             pieces = [file.full[name] for name in entry.names]
-            leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy")).astype(site.dtype)
+            leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy"))
         else:
             factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
             new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
@@ -246,8 +261,10 @@ def _settings(site: Site) -> str:
     return f"rank {site.rank}, alpha {site.alpha:g}{' with rsLoRA' if site.rslora else ''}"
 
 
-def _as_jax(x: np.ndarray, dtype: Any) -> Any:
-    return jnp.asarray(x if dtype is None else x.astype(jnp.dtype(dtype)))
+def _as_jax(x: np.ndarray, dtype: np.dtype, name: str) -> Any:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"`{name}`: jax keeps no {dtype.name} unless jax_enable_x64 is set; pass `dtype='float32'`")
+    return jnp.asarray(x.astype(dtype))
 
 
 def _all(place: Placement) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from lora_jax.targets import ROUTERS
 
 from .naming import Naming
 from .peft_keys import PARAMETER_ORDER
-from .peft_load import read_sites
+from .peft_load import read_sites, widen
 from .peft_names import Names, as_naming, place_each, with_stacks
 from .peft_read import AdapterFile, read_sorted
 from .peft_tensors import Placement
@@ -62,7 +62,7 @@ def plan_peft(
 
     **Raises:** `ValueError` as `load_peft`; among others for modules of the file that the model does not have.
     """
-    file = read_sorted(directory)
+    file = widen(read_sorted(directory), dtype)
     naming = as_naming(names)
     # Everything that can be adapted, routers included (a pattern must spell those out); then what the file has.
     everything = LoRAConfig(target_modules=f".*|{'|'.join(sorted(ROUTERS))}", rank=1, alpha=1)

@@ -29,7 +29,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 # Endings of methods that are not implemented, and how to call them.
 _METHODS = {
@@ -174,10 +174,10 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            if wrong := {k: v for k, v in kinds.items() if v not in _FLOATS}:
+            if wrong := {k: v for k, v in kinds.items() if v not in FLOATS}:
                 listed = ", ".join(f"{k} ({v})" for k, v in wrong.items())
-                raise ValueError(f"{path}: factors are {', '.join(_FLOATS)}; not so {listed}.")
-            return {key: np.asarray(file.get_tensor(key), _FLOATS[kinds[key]]) for key in kinds}
+                raise ValueError(f"{path}: factors are {', '.join(FLOATS)}; not so {listed}.")
+            return {key: np.asarray(file.get_tensor(key), FLOATS[kinds[key]]) for key in kinds}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file: {error}.") from error
 

@@ -85,6 +85,43 @@ def test_dtypes_survive_and_transposed_memory_is_written_right(dtype: str, tmp_p
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(adapter), strict=True))
 
 
+def test_dtypes_without_a_place_are_refused(directory: Path) -> None:
+    narrow = plan_of(dtype="float8_e4m3fn")
+    with pytest.raises(
+        ValueError, match="PEFT reads float64, float32, float16, bfloat16, not float8_e4m3fn; cast first"
+    ):
+        save_peft(random_adapter(narrow), directory, narrow, overwrite=True)
+    edit_tensors(directory, lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}))
+    with pytest.raises(ValueError, match="`layers_0.q.lora_A.kernel`: jax keeps no float64.*pass `dtype='float32'`"):
+        load_peft(directory, plan_of().sites)
+    assert load_peft(directory, plan_of().sites, dtype="float32").sites == plan_of().sites
+
+
+def test_a_scale_that_leaves_the_range_of_float16_is_no_infinity(tmp_path: Path) -> None:
+    plan = plan_of(alpha=2e5, dtype="float16")
+    adapter = random_adapter(plan)
+    with pytest.raises(ValueError, match=r"layers.0.q: lora_B times 100000 is beyond float16; use float32 factors"):
+        save_peft(adapter, tmp_path / "a", plan, target="vllm")
+    wide = jax.tree.map(lambda x: x.astype("float32"), adapter)
+    directory = save_peft(wide, tmp_path / "a", plan, target="vllm")
+    want = 1e5 * np.asarray(wide.factors(plan.sites[0])[1], np.float64).T
+    assert np.allclose(load_file(directory / TENSORS)[key(0, "q", "B")], want, rtol=1e-6)
+
+
+def test_copies_keep_more_precision_than_a_narrow_base_has(tmp_path: Path) -> None:
+    """Trained in float32 beside a bfloat16 base: no bit is lost on the way back."""
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    config = lj.LoRAConfig(rank=2, target_modules=["q"], modules_to_save=["v"])
+    plan = lj.plan(fn, base, X, config=config)
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "a", plan)
+    for what in (plan, plan.sites):
+        back = load_peft(directory, what)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True))
+    narrow = lj.plan(fn, base, X, config=config.replace(dtype="bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(load_peft(directory, narrow))} == {jnp.dtype("bfloat16")}
+
+
 def test_every_problem_is_in_one_error(directory: Path) -> None:
     def break_it(tensors: dict[str, np.ndarray]) -> None:
         del tensors[key(0, "q", "B")]
