@@ -223,10 +223,19 @@ def _targets(data: Mapping[str, Any]) -> Any:
                 "name the linear modules."
             )
         return _one_regex([modules], parameters) if parameters else modules
-    names = list(modules or ())
+    # PEFT stores "all-linear" as the list of what it means, excluded modules included.
+    modules = sorted(modules) if isinstance(modules, set | frozenset) else modules or ()
+    names = [n for n in modules if not _excluded(data.get("exclude_modules") or (), n)]
     if not data.get("layers_to_transform"):  # only then may a full name do more than an end of it
         names = [n for n in names if not any(n.endswith(f".{end}") for end in names)]
     return [*names, *(parameters or ())]
+
+
+def _excluded(exclude: str | Sequence[str], name: str) -> bool:
+    """Whether `exclude_modules` names, in PEFT's way, whatever ends with `name`."""
+    if isinstance(exclude, str):
+        return False  # an expression for whole names says nothing about an end of one
+    return any(name == entry or name.endswith(f".{entry}") for entry in exclude)
 
 
 def _plain_names(names: str | Sequence[str]) -> str | list[str]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters import Adapter
+from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
 from lora_jax.sites import LORA_A, LORA_B, Site
 from lora_jax.tracing import flatten_params
@@ -55,8 +56,9 @@ def load_peft(
     - With **sites** the returned adapter's sites carry the file's rank, alpha and rsLoRA: enough for
       `lora_jax.merge`. Factors keep the file's dtype.
 
-    Layers of unequal rank that are stacked here are padded with zeros; unequal scales in one stack are folded
-    into B. A fused kernel whose torch modules have different A gets the sum of their ranks.
+    Layers of unequal rank that are stacked here are padded with zeros, layers that the configuration leaves out are
+    zeros altogether; unequal scales in one stack are folded into B. A fused kernel whose torch modules have different
+    A gets the sum of their ranks.
 
     **Arguments:**
 
@@ -107,8 +109,9 @@ def read_sites(
     shapes = {site.path: np.empty(site.shape, site.dtype) for site in sites if site.is_full}
     entries = full_entries(sites, naming, shapes)
     match_aliases(file, sites, entries, tied)
+    _fill_layers(file, placed, keys)
     _match_names(file, placed, keys, entries)
-    _check_bases(file, sites, naming, params)
+    _check_bases(file, sites, naming, tied or {}, params)
     joined = {place.site.path: _join(file, place, keys) for place in placed}
     file.raise_if_any()
     whole = {entry.leaf.path: entry for entry in entries}
@@ -125,6 +128,23 @@ def read_sites(
             new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
             leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = factors.a, factors.b
     return tuple(new), leaves
+
+
+def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[str, tuple[str, str]]) -> None:
+    """Zeros for the layers of a stack that the configuration leaves out, which change nothing and never train."""
+    for place in placed:
+        pairs = {name: file.pairs.get(_module(keys[name][0])) for name in place.names}
+        there = next((pair for pair in pairs.values() if pair and set(pair) == {"A", "B"}), None)
+        if there is None or place.kind not in ("linear", "embedding"):
+            continue
+        for name, pair in pairs.items():
+            if pair is None and not is_target(file.config, name):
+                rank = (pattern_values(file.config.get("rank_pattern"), name) or [file.config.get("r", 8)])[0]
+                a, b = there["A"], there["B"]
+                zeros = {"A": np.zeros((rank, *a.shape[1:]), a.dtype), "B": np.zeros((b.shape[0], rank), b.dtype)}
+                file.pairs[_module(keys[name][0])] = zeros
+                if place.kind == "embedding":
+                    file.embeddings.add(_module(keys[name][0]))
 
 
 def _match_names(
@@ -210,7 +230,9 @@ def _same_product(one: Factors, other: Factors) -> bool:
     return np.array_equal(left, right)
 
 
-def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, params: Any) -> None:
+def _check_bases(
+    file: AdapterFile, sites: Sequence[Site], naming: Naming, tied: Mapping[str, str], params: Any
+) -> None:
     """PEFT stores a targeted embedding's own weight: it must be the base's, since nothing here replaces it."""
     if not file.bases:
         return
@@ -222,7 +244,9 @@ def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, param
         ]
         return
     naming = with_stacks(sites, naming)
-    shapes = {f"{module}.weight": value.shape for module, value in file.bases.items()}
+    # A head tied to an embedding has no parameter of its own: its base is the table.
+    names = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in file.bases}
+    shapes = {names[module]: value.shape for module, value in file.bases.items()}
     paths, values, _ = flatten_params(params)
     by_name: dict[str, np.ndarray] = {}
     for path, value in zip(paths, values, strict=True):
@@ -233,16 +257,14 @@ def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, param
                 pieces = entry.layout.to_torch(convert(value, "numpy"), ops_of("numpy"))
                 by_name |= zip(entry.names, pieces, strict=True)
     for module, stored in file.bases.items():
-        ours = by_name.get(f"{module}.weight")
+        ours = by_name.get(names[module])
         if ours is None:
-            continue  # a head tied to the embedding has no parameter of its own, and is compared there
-        if ours.shape != stored.shape or not np.array_equal(ours.astype(stored.dtype), stored):
+            file.problems.append(f"no parameter corresponds to {module}, whose base weight the file holds")
+        elif ours.shape != stored.shape or not np.array_equal(ours.astype(stored.dtype), stored):
             file.problems.append(
                 f"{PREFIX}{module}.base_layer.weight {stored.shape} is not the base's weight {ours.shape}: the adapter "
                 "was trained on another base, or its vocabulary was changed"
             )
-    if not any(f"{module}.weight" in by_name for module in file.bases):
-        file.problems.append(f"no parameter corresponds to {', '.join(file.bases)}, whose base weight the file holds")
 
 
 def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import from_peft, without_init
+from lora_jax.peft_matching import is_target
 from lora_jax.planning import Plan, plan
 from lora_jax.sites import Site
 from lora_jax.targets import ROUTERS
 
 from .naming import Naming
-from .peft_keys import PARAMETER_ORDER
+from .peft_keys import PARAMETER_ORDER, PREFIX
 from .peft_load import read_sites, widen
 from .peft_names import Names, as_naming, place_each, with_stacks
 from .peft_read import AdapterFile, read_sorted
@@ -69,6 +70,7 @@ def plan_peft(
     broad = plan(fn, params, *args, config=everything, axis_roles=axis_roles, **kwargs)
     found = place_each(broad.sites, naming)
     chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
+    file.problems += _targeted_but_absent(file, [p for p in found.values() if isinstance(p, Placement)])
     own = {site.path for site in chosen}
     tables = {site.path for site in broad.sites if site.tied and site.op == "embedding"}
     naming = with_stacks(broad.sites, naming)
@@ -113,6 +115,21 @@ def _in_file(file: AdapterFile, place: Placement) -> bool:
         return any(name in file.pairs for name in place.names)
     entries = file.config.get("target_parameters") or ()
     return any(name == e or name.endswith(f".{e}") for name in place.names for e in entries)
+
+
+def _targeted_but_absent(file: AdapterFile, placed: Sequence[Placement]) -> list[str]:
+    """Modules that the configuration targets and the file has no factors for: PEFT would leave them the base's."""
+    targets = file.config.get("target_modules")
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return []  # names do not tell what these target
+    return [
+        f"missing: {PREFIX}{name}, which the configuration targets; if it was not adapted, add it to `exclude_modules` "
+        "there"
+        for place in placed
+        if place.kind != "parameter"
+        for name in place.names
+        if name not in file.pairs and is_target(file.config, name)
+    ]
 
 
 def _is_full(file: AdapterFile, path: tuple[str, ...], shape: tuple[int, ...], naming: Naming) -> bool:

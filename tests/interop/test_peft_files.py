@@ -152,6 +152,10 @@ def test_missing_modules_and_modules_that_peft_would_drop(directory: Path) -> No
     edit_tensors(directory, lambda t: [t.pop(key(1, "v", f)) for f in "AB"])
     with pytest.raises(ValueError, match="missing: base_model.model.layers.1.v, for `layers_1.v.kernel`"):
         load_peft(directory, plan_of())
+    with pytest.raises(ValueError, match="missing: base_model.model.layers.1.v, which the configuration targets"):
+        plan_peft(directory, fn, PARAMS, X)
+    edit_config(directory, exclude_modules=["layers.1.v"])
+    assert [s.name for s in plan_peft(directory, fn, PARAMS, X).sites][1:] == ["layers_0.v.kernel", "layers_1.q.kernel"]
     edit_config(directory, target_modules=["q"])
     with pytest.raises(ValueError, match="layers.0.v has factors, but the configuration does not target it"):
         read_peft(directory)
