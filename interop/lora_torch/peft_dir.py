@@ -29,7 +29,7 @@ from lora_jax.sites import Site
 from .arrays import convert
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
-from .peft_full import full_tensors
+from .peft_full import check_whole, full_tensors
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
 from .peft_read import CONFIG_FILE, FLOATS, TENSOR_FILE
@@ -89,6 +89,9 @@ def save_peft(
     full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full))
     conv1d = fan_in_fan_out(adapter.sites, naming)
     refuse(target, placed, full_modules, conv1d)
+    others = None if plan is None else _others(plan, adapter.sites, naming)
+    own = [name for place in placed if place.kind != "parameter" for name in (*place.names, *place.heads)]
+    check_whole(full_modules, [*own, *(others or ())])
     modules = _modules(adapter, placed)
     _check_dtypes([*(x for m in modules for x in (m.factors.a, m.factors.b)), *full.values()])
     if target != "peft":
@@ -97,7 +100,7 @@ def save_peft(
         modules,
         full_modules,
         config,
-        None if plan is None else _others(plan, adapter.sites, naming),
+        others,
         task_type=task_type,
         base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         fan_in_fan_out=conv1d,

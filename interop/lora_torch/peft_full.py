@@ -39,6 +39,30 @@ def full_tensors(adapter: Adapter, naming: Naming, tied: Mapping[str, str] | Non
     return out | {alias: out[source] for alias, source in aliases.items()}
 
 
+def check_whole(full: Sequence[str], others: Sequence[str]) -> None:
+    """Raises a `ValueError` unless every module of `full` is trained in full with all that is in it.
+
+    **Arguments:** `others`, modules that are adapted otherwise or not at all, stacked ones with `{i}` for the index.
+    """
+    problems = []
+    for module in full:
+        if not module:
+            problems.append("a parameter of the model itself is trained in full, and PEFT copies its submodules only")
+        inside = [name for name in others if _is_inside(name, module)]
+        if module and inside:
+            problems.append(
+                f"`{module}` is copied as a whole, but only a part of it is trained in full, not "
+                f"{', '.join(inside[:3])}: name the module in `modules_to_save`, or leave its parameters out"
+            )
+    if problems:
+        raise ValueError("what is trained in full cannot be saved for PEFT:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _is_inside(name: str, module: str) -> bool:
+    parts = zip(name.split("."), module.split("."), strict=False)
+    return name.count(".") >= module.count(".") and all(n == m or (n.startswith("{") and m.isdigit()) for n, m in parts)
+
+
 def full_aliases(
     sites: Sequence[Site], entries: Sequence[Entry], tied: Mapping[str, str] | None
 ) -> tuple[dict[str, str], list[str]]:

@@ -253,8 +253,12 @@ def _whole_tensor(name: str, value: np.ndarray, out: AdapterFile) -> None:
     entries = [*(out.config.get("modules_to_save") or ()), *TASK_HEADS.get(str(out.config.get("task_type") or ""), ())]
     parts = name.split(".")[:-1]
     owners = [".".join(parts[: n + 1]) for n in range(len(parts))]
-    if any(owner == entry or owner.endswith(entry) for owner in owners for entry in entries):
+    if copied := [owner for owner in owners if owner.endswith(tuple(entries))]:
         out.full[name] = value
+        if len(copied) > 1:
+            out.problems.append(
+                f"`modules_to_save` names {copied[0]} and {copied[1]} in it: PEFT trained two copies and stored one"
+            )
     else:
         out.strays[name] = value
 

@@ -261,3 +261,28 @@ def test_patterns_of_a_weight_targeted_as_a_parameter(tmp_path: Path) -> None:
     want = logits(theirs)
     assert agree(model.ours(plan, load_peft(tmp_path, plan, names="hf-flax")), want)
     assert not agree(model.base, want)
+
+
+def test_copies_are_of_whole_modules_and_none_inside_another(tmp_path: Path) -> None:
+    """PEFT would copy a module named twice over twice, drop factors inside a copy, and miss what a copy lacks."""
+    model = twin("bert")
+
+    def save(**settings: Any) -> Path:
+        plan = model.plan(lj.LoRAConfig(rank=4, **settings))
+        return save_peft(random_adapter(plan), tmp_path / str(settings), plan, names="hf-flax")
+
+    with pytest.raises(ValueError, match=r"`bert.pooler.dense` is copied as a whole, but only a part"):
+        save(target_modules=["query"], modules_to_save=["pooler.dense.bias"])
+    with pytest.raises(ValueError, match=r"`bert.encoder.layer.0.attention.self.query` is copied as a whole"):
+        save(target_modules=["query"], modules_to_save=["query.bias"])
+    # PEFT cannot load what it writes for this, so nothing says which of the two copies is meant.
+    both = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler", "pooler.dense"])
+    peft.get_peft_model(model.make(), both).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="names bert.pooler and bert.pooler.dense in it"):
+        config_for(tmp_path / "theirs")
+    # `dense` is inside `output`, which stands inside nothing that is copied.
+    plan = model.plan(lj.LoRAConfig(rank=4, target_modules=["query"], modules_to_save=["output", "output.dense"]))
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "nested", plan, names="hf-flax")
+    assert agree(peft_logits(model, directory), model.ours(plan, adapter))
+    assert not agree(model.base, model.ours(plan, adapter))
