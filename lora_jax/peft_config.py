@@ -50,7 +50,8 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
     """The `LoRAConfig` that adapts what a PEFT LoRA configuration adapts.
 
     `target_parameters` join `target_modules`, which name parameters as well here. Names stay as they are: a plan
-    matches them against `layers.0` and `layers_0` alike. A missing `r` or `lora_alpha` is 8, as in PEFT.
+    matches them against `layers.0` and `layers_0` alike. A missing `r` or `lora_alpha` is 8, as in PEFT. Entries of
+    `modules_to_save` name whole parts here; PEFT's `norm` also copies `input_layernorm`: write those out.
 
     **Arguments:**
 
