@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# What `re.compile` raises: huge repetitions and deep nesting have errors of their own.
+NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
 INITS = ("kaiming", "xavier", "gaussian", "orthogonal", "random")
 
 
@@ -198,7 +201,7 @@ def _regex(name: str, key: Any) -> str:
         raise TypeError(f"`{name}` maps names or regular expressions to numbers, got the key {key!r}.")
     try:
         re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
+    except NOT_A_REGEX as error:
         raise ValueError(
             f"`{name}` key {key!r} is not a regular expression ({error}). It is matched against the end of a name: "
             r"write 'q_proj' for every q_proj, or 'layers\.0\..*q_proj'."
@@ -218,6 +221,10 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
             raise ValueError(f"`{name}` is empty; {_AT_LEAST_ONE[name]}.")
         if name == "exclude_modules" and value.lower() == "all-linear":
             raise ValueError("`exclude_modules='all-linear'` would leave nothing; name the modules to leave out.")
+        if name in _AT_LEAST_ONE:
+            from lora_jax.targets import Patterns
+
+            Patterns(value)  # raises for what is neither a regular expression nor a wildcard
         return value
     if not isinstance(value, Sequence | set | frozenset):
         raise TypeError(f"`{name}` takes a list of names or a string, got {type(value).__name__}.")

@@ -71,7 +71,9 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         problems.append(f"unknown keys {', '.join(f'`{k}`' for k in unknown)} (`strict=False` drops them)")
     init = data.get("init_lora_weights", True)
     if str(init) not in _INITS_BACK:
-        problems.append(f"`init_lora_weights={init!r}` is not implemented")
+        problems.append(
+            f"`init_lora_weights={init!r}` is not implemented: use one of {', '.join(map(repr, _INITS.values()))}"
+        )
     if not (data.get("target_modules") or data.get("target_parameters")):
         problems.append("`target_modules` is missing, and PEFT's choice by model type is not made here: name them")
     heads = TASK_HEADS.get(str(data.get("task_type") or ""), ())
@@ -93,7 +95,7 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         rank_pattern=data.get("rank_pattern") or {},
         alpha_pattern=data.get("alpha_pattern") or {},
         modules_to_save=data.get("modules_to_save") or (),
-        use_rslora=bool(data.get("use_rslora", False)),
+        use_rslora=data.get("use_rslora") or False,
         dropout=data.get("lora_dropout") or 0.0,
         init=_INITS_BACK[str(init)],
     )

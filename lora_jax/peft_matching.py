@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.config import NOT_A_REGEX
 from lora_jax.peft_config import TASK_HEADS
 
 
@@ -67,7 +68,7 @@ def bad_patterns(data: Mapping[str, Any]) -> list[str]:
         try:
             re.compile(text)
             re.compile(whole.replace("{}", text))
-        except (re.error, OverflowError, RecursionError) as error:
+        except NOT_A_REGEX as error:
             out.append(f"{_shortened(text)} is not a regular expression: {error}")
     return out
 

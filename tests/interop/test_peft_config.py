@@ -254,3 +254,11 @@ def test_only_what_is_used_is_written() -> None:
         "fan_in_fan_out",
         "init_lora_weights",
     }
+
+
+def test_switches_are_true_or_false() -> None:
+    with pytest.raises(TypeError, match="`use_rslora='false'`: write True or False"):
+        from_peft({**MINIMAL, "use_rslora": "false"})
+    assert not from_peft({**MINIMAL, "use_rslora": None}).use_rslora
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'` is not implemented: use one of True, 'gaussian'"):
+        from_peft({**MINIMAL, "init_lora_weights": "pissa"})
