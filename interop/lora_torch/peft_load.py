@@ -110,7 +110,7 @@ def read_sites(
     entries = full_entries(sites, naming, shapes)
     match_aliases(file, sites, entries, tied)
     _fill_layers(file, placed, keys)
-    _match_names(file, placed, keys, entries)
+    _match_names(file, placed, keys, entries, tied or {})
     _check_bases(file, sites, naming, tied or {}, params)
     joined = {place.site.path: _join(file, place, keys) for place in placed}
     file.raise_if_any()
@@ -148,7 +148,11 @@ def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[s
 
 
 def _match_names(
-    file: AdapterFile, placed: Sequence[Placement], keys: Mapping[str, tuple[str, str]], entries: Sequence[Entry]
+    file: AdapterFile,
+    placed: Sequence[Placement],
+    keys: Mapping[str, tuple[str, str]],
+    entries: Sequence[Entry],
+    tied: Mapping[str, str],
 ) -> None:
     """Notes modules and whole tensors that only the file has, or only the sites."""
     wanted = {_module(a): (name, place) for place in placed for name in _all(place) for a, _ in [keys[name]]}
@@ -159,6 +163,8 @@ def _match_names(
     unexpected = [module for module in file.pairs if module not in wanted]
     for n, module in enumerate(unexpected):
         hint = nearest(module, wanted) if n < _HINTS else ""
+        if table := tied.get(f"{module}.weight"):
+            hint = f": it is {table} here, and what changes the head alone has no form"
         file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{hint}")
     full = {name: entry for entry in entries for name in entry.names}
     for name, entry in full.items():

@@ -215,6 +215,14 @@ def test_a_lookup_only_adapter_of_a_tied_table_is_refused(tmp_path: Path) -> Non
         load_peft(tmp_path / "both", plan, tied=TIED)
 
 
+def test_a_head_only_adapter_of_a_tied_table_is_refused(tmp_path: Path) -> None:
+    model = twin("gpt2")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model.make(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head is not in the plan: it is transformer.wte.weight here, and what cha"):
+        plan_peft(tmp_path, model.fn, model.params, jnp.asarray(IDS), names="hf-flax", tied=TIED)
+
+
 def test_a_copy_of_one_side_of_a_tied_table_is_refused(tmp_path: Path) -> None:
     """PEFT trains a copy of GPT-2's `wte` for the lookup and leaves the head at the base's table."""
     model = twin("gpt2")
