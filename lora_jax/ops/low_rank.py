@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
@@ -75,7 +76,9 @@ def low_rank_contract(
     """
     check_implementation(implementation)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
-    operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, _wide(x.dtype)))
+    # A number stays one of numpy's: as an array of jax it would be an operation of its own at every site.
+    factor = scale if isinstance(scale, jax.Array) else np.asarray(scale)
+    operands = _compat.vary_alike(x, w, first, second, factor.astype(_wide(x.dtype)))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
     return _traced_once(spec, *operands, key)
