@@ -34,7 +34,8 @@ class LoRAConfig:
       out a whole name is kept in any layer, as in PEFT.
     - `rank_pattern`, `alpha_pattern`: `{pattern: value}`, first match wins; a pattern matches the end of a name.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
-    - `dropout`: probability on the input of the low-rank branch, in [0, 1). Active only when a key is given.
+    - `dropout`: probability on the input of the low-rank branch, in [0, 1). Active only when a key is given, and not
+      on embeddings that are looked up; the plan notes every parameter on which it has no effect.
     - `init`: `"kaiming"` (A ~ U(±1/sqrt(fan_in)), B = 0: PEFT's default), `"xavier"`, `"gaussian"`,
       `"orthogonal"`, or `"random"` (A and B both random: PEFT's `init_lora_weights=False`, for tests).
     - `dtype`: of the factors; float32 unless told otherwise, whatever the base's dtype.

@@ -136,6 +136,9 @@ class Lora:
         """The gradient of base and factors was stopped on the way; nothing else changes."""
         return w
 
+    def undropped(self, w: Virtual) -> Virtual:
+        return w.replace(key=None)
+
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
         """Once formed, the weight is an array like any other."""
         return outs
