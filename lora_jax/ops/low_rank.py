@@ -72,7 +72,7 @@ def low_rank_contract(
     gradient of `w` only where somebody asks for it, and nothing of the size of `y` beyond the cotangent itself.
     Reverse mode only (a `custom_vjp`).
 
-    **Raises:** `ValueError` for an unknown `implementation`.
+    **Raises:** `ValueError` for an unknown `implementation`; `TypeError` in forward mode.
     """
     check_implementation(implementation)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
@@ -81,7 +81,16 @@ def low_rank_contract(
     operands = _compat.vary_alike(x, w, first, second, factor.astype(_wide(x.dtype)))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
-    return _traced_once(spec, *operands, key)
+    try:
+        return _traced_once(spec, *operands, key)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "the low-rank product has a reverse-mode derivative only, and this is forward mode (`jax.jvp`, "
+            "`jax.jacfwd`): use `jax.grad`, `jax.vjp` or `jax.jacrev`, or differentiate the model at "
+            "`lora_jax.merge(params, adapter)`, which is the same function."
+        ) from error
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -155,24 +164,11 @@ def _low_rank(spec, x, w, first, second, scale, key):
 
 def _fwd(spec, x, w, first, second, scale, key):
     y, h = _forward(spec, x.value, w.value, first.value, second.value, scale.value, _value(key))
-    # The structure of the residuals (None or not) tells the backward pass which gradients are wanted.
-    wants = {
-        "x": () if x.perturbed else None,
-        "w": () if w.perturbed else None,
-        "first": () if first.perturbed else None,
-        "second": () if second.perturbed or scale.perturbed else None,
-    }
-    keeps_x = w.perturbed or first.perturbed
-    residuals = (
-        x.value if keeps_x else None,
-        w.value,
-        first.value,
-        second.value,
-        scale.value,
-        _value(key),
-        h,
-    )
-    return y, (residuals, wants, jnp.zeros((), x.value.dtype))
+    # Which gradients are wanted, and x's dtype, told by a shape and not by structure or by leaving residuals out: JAX
+    # keeps one structure for an equation, that of the last time it was differentiated, by whichever arguments.
+    wanted = (x.perturbed, w.perturbed, first.perturbed, second.perturbed or scale.perturbed)
+    flags = jnp.zeros(tuple(map(int, wanted)), x.value.dtype)
+    return y, (x.value, w.value, first.value, second.value, scale.value, _value(key), h, flags)
 
 
 def _value(primal: Any) -> Any:
@@ -180,27 +176,28 @@ def _value(primal: Any) -> Any:
 
 
 def _bwd(spec, saved, dy):
-    (x, w, first, second, scale, key, h), wants, like_x = saved
+    x, w, first, second, scale, key, h, flags = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None, None
+    wants = dict(zip(("x", "w", "first", "second"), flags.shape, strict=True))
     dtype, wide = h.dtype, _wide(h.dtype)
     dx = dw = dfirst = dsecond = dscale = None
     dy_low = dy.astype(dtype)
     like = functools.partial(_gradient_sharding, dy=dy)
     pair = functools.partial(contract, precision=spec.precision)
-    if wants["x"] is not None or wants["first"] is not None:
+    if wants["x"] or wants["first"]:
         up = scaled(second, scale, dtype)
         g = pair(dy_low, spec.y, up, spec.second, spec.h, preferred_element_type=wide, out_sharding=like(h)).astype(
             dtype
         )
-    if wants["x"] is not None:
+    if wants["x"]:
         through_base = pair(
             dy,
             spec.y,
             w,
             spec.w,
             spec.x,
-            preferred_element_type=_like(dy, like_x),
+            preferred_element_type=jnp.promote_types(dy.dtype, x.dtype),
             out_sharding=spec.x_sharding or _everywhere(dy),
         )
         through_low = pair(
@@ -209,29 +206,25 @@ def _bwd(spec, saved, dy):
             first.astype(dtype),
             spec.first,
             spec.x,
-            preferred_element_type=_like(dy, like_x),
+            preferred_element_type=jnp.promote_types(dy.dtype, x.dtype),
             out_sharding=spec.x_sharding or _everywhere(dy),
         )
         # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
-        dx = (through_base + dropout(through_low, key, spec.dropout_rate)).astype(like_x.dtype)
-    if wants["w"] is not None:
+        dx = (through_base + dropout(through_low, key, spec.dropout_rate)).astype(x.dtype)
+    if wants["w"]:
         dw = pair(x, spec.x, dy, spec.y, spec.w, preferred_element_type=_wide(w.dtype), out_sharding=like(w)).astype(
             w.dtype
         )
-    if wants["first"] is not None:
+    if wants["first"]:
         dropped = dropout(x.astype(dtype), key, spec.dropout_rate)
         dfirst = pair(
             dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide, out_sharding=like(first)
         ).astype(first.dtype)
-    if wants["second"] is not None:
+    if wants["second"]:
         unscaled = pair(h, spec.h, dy_low, spec.y, spec.second, preferred_element_type=wide, out_sharding=like(second))
         dsecond = (unscaled * scale.astype(wide)).astype(second.dtype)
         dscale = (unscaled * second.astype(wide)).sum().astype(scale.dtype)
     return dx, dw, dfirst, dsecond, dscale, None
-
-
-def _like(dy: jax.Array, x: jax.Array) -> Any:
-    return jnp.promote_types(dy.dtype, x.dtype)
 
 
 _low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)
