@@ -123,6 +123,14 @@ def _explicit(aval: Any) -> Any:
     return sharding if jax.sharding.AxisType.Explicit in (getattr(sharding.mesh, "axis_types", None) or ()) else None
 
 
+def on_mesh_of(x: Any, like: Any) -> Any:
+    """`x` with the mesh of `like`'s type, where that differs: axes explicit in one and automatic in the other."""
+    mesh = jax.typeof(like).sharding.mesh
+    if jax.typeof(x).sharding.mesh == mesh:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
 def laid_out_as(x: Any, like: Any) -> Any:
     """`x`, of the shape of `like`, with the explicit sharding of `like` if it has one."""
     sharding = explicit_sharding(like)
