@@ -7,7 +7,7 @@ never dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import LoRAConfig
@@ -23,6 +23,10 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 _INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "random": False}
+# Initialisations that leave the base as it was, by which trained factors can be told from ones that need another base.
+_PLAIN_INITS = ("True", "False", "None", "gaussian", "eva", "orthogonal", "mica")
+# Settings of initialisations, which trained factors no longer depend on.
+_INIT_SETTINGS = ("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config")
 _INITS_BACK = {str(peft): ours for ours, peft in _INITS.items()}
 
 # Read: they have a field here.
@@ -175,26 +179,26 @@ def check_is_lora(data: Mapping[str, Any]) -> None:
 def without_init(data: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration beside trained factors, without the initialisation they started from.
 
-    **Raises:** `ValueError` for an initialisation that also changed the base model, so that the factors alone do
-    not say what the adapter computes.
+    **Raises:** `ValueError` for an initialisation that also changed the base model (pissa, olora, corda, loftq,
+    lora_ga) or that is not known here, so that the factors alone do not say what the adapter computes.
     """
-    out = dict(data)
-    init = str(out.get("init_lora_weights", True))
-    if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+    init = data.get("init_lora_weights", True)
+    if str(init) not in _PLAIN_INITS:
         raise ValueError(
-            f"`init_lora_weights={init!r}` changed the base model when training began, so these factors do not fit "
-            "the original base: convert them in PEFT, `model.save_pretrained(path, "
+            f"`init_lora_weights={init!r}` changed the base model when training began, or is not known here, so these "
+            "factors need not fit the original base: convert them in PEFT, `model.save_pretrained(path, "
             "path_initial_model_for_weight_conversion=...)`, or merge them there."
         )
-    for key in ("init_lora_weights", "eva_config"):
-        out.pop(key, None)
-    return out
+    return {key: value for key, value in data.items() if key not in _INIT_SETTINGS}
 
 
-def refused_fields(data: Mapping[str, Any]) -> list[str]:
-    """What in `data` changes the computation and is not implemented here, one description each."""
+def refused_fields(data: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """What in `data` changes the computation and is not implemented here, one description each.
+
+    **Arguments:** `but`: fields that the caller implements.
+    """
     out = []
-    for key in sorted(_REFUSED & set(data)):
+    for key in sorted((_REFUSED - set(but)) & set(data)):
         if _is_on(data, key):
             merge = "" if key in _NEVER_MERGED else ", or merge the adapter in PEFT (`merge_and_unload`)"
             out.append(f"`{key}={data[key]!r}` is not implemented: train without it{merge}")
@@ -202,7 +206,7 @@ def refused_fields(data: Mapping[str, Any]) -> list[str]:
 
 
 def unknown_fields(data: Mapping[str, Any]) -> list[str]:
-    """Keys that PEFT 0.21 does not have."""
+    """The keys of `data` that PEFT 0.21 does not have."""
     return sorted(set(map(str, data)) - _MAPPED - _IGNORED - _REFUSED)
 
 

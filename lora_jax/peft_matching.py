@@ -18,17 +18,27 @@ def is_target(data: Mapping[str, Any], module: str) -> bool:
     **Source:** PEFT 0.21, `check_target_module_exists`: what is saved or excluded goes first, a string is a full
     match, a list matches names or their ends, and only an end is filtered by layer.
     """
-    targets = data.get("target_modules")
-    saved = [*(data.get("modules_to_save") or ()), *TASK_HEADS.get(str(data.get("task_type") or ""), ())]
-    if any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in saved):
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in saved_modules(data)):
         return False
     if _named(data.get("exclude_modules") or (), module):
         return False
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    if not names_targets(data):
         return True
+    targets = data["target_modules"]
     if not _named(targets, module):
         return False
     return isinstance(targets, str) or module in targets or _in_layers(data, module)
+
+
+def names_targets(data: Mapping[str, Any]) -> bool:
+    """Whether the targets can be told from names of modules alone."""
+    targets = data.get("target_modules")
+    return targets is not None and not (isinstance(targets, str) and targets.lower() == "all-linear")
+
+
+def saved_modules(data: Mapping[str, Any]) -> list[str]:
+    """The entries of `modules_to_save`, with those that PEFT adds for the task."""
+    return [*(data.get("modules_to_save") or ()), *TASK_HEADS.get(str(data.get("task_type") or ""), ())]
 
 
 def pattern_values(pattern: Mapping[str, Any] | None, name: str) -> list[Any]:

@@ -27,12 +27,14 @@ from lora_jax.planning import Plan
 from lora_jax.sites import Site
 
 from .arrays import convert
+from .files import FLOATS
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
 from .peft_full import check_whole, full_tensors
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
-from .peft_read import CONFIG_FILE, FLOATS, TENSOR_FILE
+from .peft_read import TENSOR_FILE
+from .peft_settings import CONFIG_FILE
 from .peft_tensors import Placement, to_modules
 from .peft_tensors import tied as tied_factors
 

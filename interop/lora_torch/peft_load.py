@@ -15,15 +15,18 @@ import numpy as np
 from lora_jax.adapters import Adapter
 from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
+from lora_jax.reference import SAME_PRODUCT
 from lora_jax.sites import LORA_A, LORA_B, Site
 from lora_jax.tracing import flatten_params
 
+from . import products
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
 from .peft_full import match_aliases
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
-from .peft_read import AdapterFile, read_sorted, scaling
+from .peft_read import AdapterFile, read_sorted
+from .peft_settings import scaling
 from .peft_tensors import Factors, Joined, Placement, from_modules
 from .peft_tensors import tied as tied_factors
 from .problems import Problems
@@ -232,8 +235,12 @@ def _same_product(one: Factors, other: Factors) -> bool:
     """Whether two pairs are equal, or equal up to how they are factored."""
     if one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b):
         return True
-    left, right = (f.scale * f.b.astype(np.float64) @ f.a.astype(np.float64) for f in (one, other))
-    return np.array_equal(left, right)
+    (b1, a1), (b2, a2) = ((f.scale * f.b.astype(np.float64), f.a.astype(np.float64)) for f in (one, other))
+    if b1.shape[0] != b2.shape[0] or a1.shape[1] != a2.shape[1]:
+        return False
+    # The products themselves may be as large as a vocabulary's table.
+    size = max(products.frobenius(b1, a1), products.frobenius(b2, a2))
+    return products.distance(b1, a1, b2, a2) <= SAME_PRODUCT * size
 
 
 def _check_bases(

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import from_peft, without_init
-from lora_jax.peft_matching import is_target
+from lora_jax.peft_matching import is_target, names_targets
 from lora_jax.planning import Plan, plan
 from lora_jax.sites import Site
 from lora_jax.targets import ROUTERS
@@ -119,9 +119,8 @@ def _in_file(file: AdapterFile, place: Placement) -> bool:
 
 def _targeted_but_absent(file: AdapterFile, placed: Sequence[Placement]) -> list[str]:
     """Modules that the configuration targets and the file has no factors for: PEFT would leave them the base's."""
-    targets = file.config.get("target_modules")
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        return []  # names do not tell what these target
+    if not names_targets(file.config):
+        return []
     return [
         f"missing: {PREFIX}{name}, which the configuration targets; if it was not adapted, add it to `exclude_modules` "
         "there"

@@ -158,5 +158,19 @@ def _closest(name: str, known: Any) -> str:
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{who}: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _one_line(message: str) -> str:
+    """A message as one line; indented lines are a list, of which the first few stand in full."""
+    from itertools import groupby
+
+    from lora_jax.cli._show import listed
+
+    lines = [line for line in message.splitlines() if line.strip()]
+    out = []
+    for is_list, group in groupby(lines, key=lambda line: line[:1].isspace()):
+        texts = [" ".join(line.split()) for line in group]
+        out.append(listed(texts) if is_list else " ".join(texts))
+    return " ".join(out)

@@ -22,6 +22,9 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_torch import config_for, load_peft, plan_peft, read_peft, save_peft
+from lora_torch.peft_load import _same_product
+from lora_torch.peft_read import read_described
+from lora_torch.peft_tensors import Factors
 from tests.interop.peft_models import random_adapter
 
 PARAMS = {f"layers_{i}": {p: {"kernel": jnp.ones((4, 6))} for p in ("q", "v")} for i in range(2)}
@@ -193,6 +196,7 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(bias="all"), "`bias='all'`"),
         (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changed the base model"),
         (dict(init_lora_weights="olora"), "changed the base model"),
+        (dict(init_lora_weights="something new"), "is not known here"),
         (dict(r="2"), "`r` must be a positive whole number, got '2'"),
         (dict(r=True), "`r` must be"),
         (dict(lora_alpha=float("inf")), "`lora_alpha` must be a finite number"),
@@ -204,6 +208,7 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(layers_to_transform="1"), "`layers_to_transform` must be whole numbers"),
         (dict(layers_to_transform=True), "`layers_to_transform` must be whole numbers"),
         (dict(use_rslora="false"), "`use_rslora` must be true or false, got 'false'"),
+        (dict(ensure_weight_tying="false"), "`ensure_weight_tying` must be true or false, got 'false'"),
         (dict(r=10**400), "`r` must be a positive whole number, got 1000"),
         (dict(lora_alpha=10**400), "`lora_alpha` must be a finite number, got 1000"),
         (dict(rank_pattern={"(?i)q": 2}), r"'\(\?i\)q' is not a regular expression: global flags"),
@@ -334,7 +339,73 @@ def test_a_pickle_is_read_by_torchs_restricted_loader_only(directory: Path, tmp_
         read_peft(directory)
 
 
+def test_a_description_takes_methods_that_are_switched_on(directory: Path) -> None:
+    """`read_described` is for looking at a file: what is not applied here has a role all the same, if it is stated."""
+
+    def extend(tensors: dict[str, np.ndarray]) -> None:
+        for layer in range(2):
+            for module in "qv":
+                tensors[f"{P}layers.{layer}.{module}.lora_magnitude_vector"] = np.ones(6, np.float32)
+                tensors[f"{P}layers.{layer}.{module}.lora_B.bias"] = np.ones(6, np.float32)
+        tensors[f"{P}embed.token_adapter.trainable_tokens_delta"] = np.ones((2, 4), np.float32)
+        tensors[f"{P}layers.0.q.base_layer.bias"] = np.full(6, 2, np.float32)
+
+    edit_tensors(directory, extend)
+    settings = dict(use_dora=True, lora_bias=True, trainable_token_indices=[1, 2], bias="lora_only")
+    edit_config(directory, **settings)
+    file = read_described(directory)
+    assert file.problems == [] and set(file.full) == {"layers.0.q.bias"}
+    assert set(file.extras["layers.1.v"]) == {"lora_magnitude_vector", "lora_B.bias"}
+    assert set(file.extras["embed"]) == {"trainable_tokens_delta"}
+    for name, told in (
+        ("use_dora", "layers.0.q.lora_magnitude_vector belongs to DoRA, but the configuration has no `use_dora`"),
+        ("lora_bias", "layers.1.v.lora_B.bias belongs to `lora_bias`, but the configuration has no"),
+        ("trainable_token_indices", "trainable_tokens_delta belongs to trainable tokens, but"),
+        ("bias", "layers.0.q.base_layer.bias (6,) would overwrite a base tensor"),
+    ):
+        edit_config(directory, **{**settings, name: None})
+        assert any(told in problem for problem in read_described(directory).problems), told
+    edit_config(directory, **settings)
+    edit_tensors(directory, lambda t: t.pop(f"{P}layers.0.v.lora_magnitude_vector"))
+    edit_tensors(directory, lambda t: t.update({f"{P}layers.0.q.lora_B.bias": np.ones(5, np.float32)}))
+    edit_tensors(directory, lambda t: t.update({f"{P}layers.9.q.lora_B.bias": np.ones(6, np.float32)}))
+    assert read_described(directory).problems == [
+        "layers.0.q: lora_B.bias is (5,), but lora_B (6, 2)",
+        "layers.0.v has no lora_magnitude_vector although `use_dora` is true",
+        f"{P}layers.9.q has lora_B.bias but no factors",
+    ]
+    with pytest.raises(ValueError, match="`use_dora=True` is not implemented"):
+        read_peft(directory)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((6, 3, 5), (8, 2, 1)), ((4, 3, 1, 1, 1, 1), (8, 4, 1, 1, 1, 1)), ((4, 3, 5), (8, 4, 2)), ((4,), (4,))],
+)
+def test_shapes_that_no_layer_of_peft_has(directory: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    """Among them six ranks in three groups, into which eight outputs do not divide."""
+    edit_config(directory, rank_pattern={"layers.0.q": a[0]})
+    edit_tensors(directory, lambda t: t.update({key(0, "q", "A"): np.ones(a, np.float32)}))
+    edit_tensors(directory, lambda t: t.update({key(0, "q", "B"): np.ones(b, np.float32)}))
+    with pytest.raises(ValueError, match="layers.0.q: lora_A .* (are no factors|do not agree on a rank)"):
+        read_peft(directory)
+
+
 # Ranks and scales -------------------------------------------------------------------------------------------------
+
+
+def test_two_factorings_of_one_product_and_the_smallest_difference() -> None:
+    """A table of 30,000 words, sixteen ranks: rounding is no difference, one bit of one float32 factor is."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(16, 30_000)).astype(np.float32), rng.normal(size=(64, 16)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    one = Factors(a, b, 0.3)
+    assert _same_product(one, Factors(a[::-1], b[:, ::-1], 0.3))
+    assert _same_product(one, Factors(rotation.T @ a, 0.3 * (b @ rotation), 1.0))
+    assert not _same_product(one, Factors(a, b, 0.30001))
+    other = a.copy()
+    other[3, 7] = np.nextafter(a[3, 7], np.float32(9))
+    assert not _same_product(one, Factors(other, b, 0.3))
 
 
 def test_ranks_come_from_tensors_and_alphas_must_be_plain(tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def _smollm2() -> Path:
 
 def _end_token(base: Base) -> int | None:
     """The end mark that a Hugging Face directory states; None for other files."""
-    from lora_examples.hf_directory import read_config
+    from lora_torch.hf_checkpoint import read_model_config
 
-    stated = None if base.directory is None else read_config(base.directory).get("eos_token_id")
+    stated = None if base.directory is None else read_model_config(base.directory).get("eos_token_id")
     return stated[0] if isinstance(stated, list) else stated
 
 
