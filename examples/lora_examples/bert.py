@@ -21,7 +21,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lora_examples.hf_directory import PathLike, flax_params
-from lora_torch.hf_checkpoint import open_checkpoint
+from lora_torch.hf_checkpoint import check_sizes, open_checkpoint
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class BertConfig:
         for key, value in expected.items():
             if (found := config.get(key, value)) != value:
                 raise ValueError(f"`{key}` is {found!r} in this config.json; only {value!r} is supported here.")
+        check_sizes(config, [name for name in _SIZES if name in config])
         names = {field.name for field in dataclasses.fields(cls)} - {"num_labels"}
         return cls(**{name: config[name] for name in names if name in config}, num_labels=num_labels)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -110,6 +110,15 @@ def read_model_config(directory: str | PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is not a Hugging Face model directory: it has no {CONFIG}.")
     return read_json(path)
+
+
+def check_sizes(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """**Raises** `ValueError` naming the entries of a config.json that are missing or no positive whole number."""
+    wrong = {name: config.get(name) for name in names}
+    wrong = {name: x for name, x in wrong.items() if not isinstance(x, int) or isinstance(x, bool) or x < 1}
+    if wrong:
+        told = ", ".join(f"`{name}` is {'missing' if x is None else repr(x)}" for name, x in wrong.items())
+        raise ValueError(f"config.json: {told}; each must be a positive whole number.")
 
 
 def _weight_map(index: Mapping[str, Any], path: Path) -> dict[str, str]:
