@@ -97,6 +97,27 @@ def test_values_out_of_range(words, told, language, capsys):
     assert told in failed(capsys, "train", "--config", str(language / "options.yaml"), *words)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"task": ["causal-lm"]}, "task"),
+        ({"lora.dtype": "int8"}, "`dtype=int8` cannot be trained"),
+        ({"optim.steps": 0}, "optim.steps is 0"),
+        ({"lora": 3}, "lora"),
+        ({"data": None}, "`data` is empty"),
+    ],
+)
+def test_a_file_with_impossible_values_is_named(options, told, tmp_path, capsys):
+    path = tiny.write_options(tmp_path / "bad.yaml", **options)
+    for words in (
+        ["train", "--config", str(path), "--output_dir", str(tmp_path / "run")],
+        ["eval", str(path), "--adapter", "x"],
+    ):
+        assert told in failed(capsys, *words)
+    assert str(path) in failed(capsys, "eval", str(path), "--adapter", "x")
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_longer_than_the_model_reads(tmp_path, capsys):
     """JAX would give NaNs for positions that a BERT does not have."""
     options = tiny.write_classification(tmp_path)

@@ -42,7 +42,7 @@ def task_defaults(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         value = value if equals else following
         if name == "--config" and Path(value).is_file():
-            task = read_yaml(Path(value)).get("task", task)
+            task = str(read_yaml(Path(value)).get("task", task))
         elif name == "--task":
             task = value
     return dict(TASK_DEFAULTS.get(task, {}), **({"task": task} if task in TASK_DEFAULTS else {}))
@@ -58,12 +58,11 @@ def read_config(path: Path) -> TrainConfig:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
     given = read_yaml(path)
-    parser.set_defaults(dict(TASK_DEFAULTS.get(given.get("task", "classification"), {})))
+    parser.set_defaults(dict(TASK_DEFAULTS.get(str(given.get("task", "classification")), {})))
     try:
-        parsed = parser.parse_object(given)
-    except jsonargparse.ArgumentError as error:
+        return TrainConfig(**vars(parser.instantiate(parser.parse_object(given))))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return TrainConfig(**vars(parser.instantiate(parsed)))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -113,4 +112,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}; it should hold options, `name: value`.")
+    # What is left of a group whose options are all commented out.
+    if empty := [
+        name for name in ("model", "data", "lora", "optim", "sample") if name in found and found[name] is None
+    ]:
+        raise ValueError(f"{path}: `{empty[0]}` is empty; write its options below it, indented, or leave it out.")
     return found
