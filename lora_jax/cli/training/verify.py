@@ -16,8 +16,9 @@ from lora_jax.cli.training.jobs import Job, chunks
 from lora_jax.cli.training.learners import Learner
 
 NEEDED = ("torch", "transformers", "peft")
-# torch by its version, in the same command: pip would otherwise take the newest CUDA build.
-INSTALL = "torch==2.13.0 'lora-jax[torch]'"
+# As requirements/parity.txt has them. Left to itself, pip would take a CUDA build of torch, and transformers 5 with
+# packages other than the tests ran with.
+INSTALL = "torch==2.13.0 transformers==4.57.6 peft==0.21.2"
 TOLERANCE = 1e-4  # on float32 logits up to 5; larger ones are rounded more coarsely, in proportion
 RELATIVE = {"float32": 2e-5, "bfloat16": 5e-2}
 # peft ignores keys it does not know. The adapter's own effect must stand far above the allowed difference.
