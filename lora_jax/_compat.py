@@ -24,9 +24,10 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def live_part(jaxpr: Any) -> tuple[Any, list[bool]]:
     """`jaxpr` (same inputs, same outputs) without what reaches no output, and which inputs do reach one."""
-    every = [True] * len(jaxpr.outvars)
-    _, used = partial_eval.dce_jaxpr(jaxpr, every)
-    return partial_eval.dce_jaxpr(jaxpr, every, instantiate=True)[0], list(used)
+    jaxpr = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    read.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
+    return jaxpr, [v in read for v in jaxpr.invars]
 
 
 def call_jaxpr(params: Mapping[str, Any]) -> Any:
@@ -120,6 +121,14 @@ def explicit_sharding(x: Any) -> Any:
 def _explicit(aval: Any) -> Any:
     sharding = aval.sharding
     return sharding if jax.sharding.AxisType.Explicit in (getattr(sharding.mesh, "axis_types", None) or ()) else None
+
+
+def on_mesh_of(x: Any, like: Any) -> Any:
+    """`x` with the mesh of `like`'s type, where that differs: axes explicit in one and automatic in the other."""
+    mesh = jax.typeof(like).sharding.mesh
+    if jax.typeof(x).sharding.mesh == mesh:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def laid_out_as(x: Any, like: Any) -> Any:

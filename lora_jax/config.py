@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# What `re.compile` raises: huge repetitions and deep nesting have errors of their own.
+NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
 INITS = ("kaiming", "xavier", "gaussian", "orthogonal", "random")
 
 
@@ -32,7 +35,7 @@ class LoRAConfig:
     - `rank_pattern`, `alpha_pattern`: `{pattern: value}`, first match wins; a pattern matches the end of a name.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
     - `dropout`: probability on the input of the low-rank branch, in [0, 1), kept to 1/65536. Active only when a key is
-      given.
+      given, and not on embeddings that are looked up; the plan notes every parameter on which it has no effect.
     - `init`: `"kaiming"` (A ~ U(±1/sqrt(fan_in)), B = 0: PEFT's default), `"xavier"`, `"gaussian"`,
       `"orthogonal"`, or `"random"` (A and B both random: PEFT's `init_lora_weights=False`, for tests).
     - `dtype`: of the factors; float32 unless told otherwise, whatever the base's dtype.
@@ -199,7 +202,7 @@ def _regex(name: str, key: Any) -> str:
         raise TypeError(f"`{name}` maps names or regular expressions to numbers, got the key {key!r}.")
     try:
         re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
+    except NOT_A_REGEX as error:
         raise ValueError(
             f"`{name}` key {key!r} is not a regular expression ({error}). It is matched against the end of a name: "
             r"write 'q_proj' for every q_proj, or 'layers\.0\..*q_proj'."
@@ -219,6 +222,10 @@ def _names(name: str, value: Any) -> str | tuple[str, ...]:
             raise ValueError(f"`{name}` is empty; {_AT_LEAST_ONE[name]}.")
         if name == "exclude_modules" and value.lower() == "all-linear":
             raise ValueError("`exclude_modules='all-linear'` would leave nothing; name the modules to leave out.")
+        if name in _AT_LEAST_ONE:
+            from lora_jax.targets import Patterns
+
+            Patterns(value)  # raises for what is neither a regular expression nor a wildcard
         return value
     if not isinstance(value, Sequence | set | frozenset):
         raise TypeError(f"`{name}` takes a list of names or a string, got {type(value).__name__}.")

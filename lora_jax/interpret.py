@@ -53,7 +53,8 @@ class Interpreter:
 
     def apply_rule(self, eqn: Any, ins: Sequence[Any]) -> list[Any]:
         name = eqn.primitive.name
-        outs = RULES[name](self, eqn, ins) if name in RULES else None
+        with eqn.ctx.manager:  # what stands in for an operation belongs to the mesh that it was traced under
+            outs = RULES[name](self, eqn, ins) if name in RULES else None
         if outs is not None:
             return outs
         outs = _compat.bind(eqn, [self.dense(x, name) for x in ins])

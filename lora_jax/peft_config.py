@@ -7,7 +7,7 @@ never dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import LoRAConfig
@@ -23,6 +23,10 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 
 _INITS = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal", "random": False}
+# Initialisations that leave the base as it was, by which trained factors can be told from ones that need another base.
+_PLAIN_INITS = ("True", "False", "None", "gaussian", "eva", "orthogonal", "mica")
+# Settings of initialisations, which trained factors no longer depend on.
+_INIT_SETTINGS = ("init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config")
 _INITS_BACK = {str(peft): ours for ours, peft in _INITS.items()}
 
 # Read: they have a field here.
@@ -42,13 +46,16 @@ _REFUSED = frozenset(
     "lora_bias lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_dora "
     "use_qalora velora_config".split()
 )
+# PEFT cannot merge these, or merges them wrongly.
+_NEVER_MERGED = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
 
 
 def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
     """The `LoRAConfig` that adapts what a PEFT LoRA configuration adapts.
 
     `target_parameters` join `target_modules`, which name parameters as well here. Names stay as they are: a plan
-    matches them against `layers.0` and `layers_0` alike. A missing `r` or `lora_alpha` is 8, as in PEFT.
+    matches them against `layers.0` and `layers_0` alike. A missing `r` or `lora_alpha` is 8, as in PEFT. Entries of
+    `modules_to_save` name whole parts here; PEFT's `norm` also copies `input_layernorm`: write those out.
 
     **Arguments:**
 
@@ -64,11 +71,13 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         raise TypeError(f"a PEFT configuration is a dictionary, got {type(data).__name__}.")
     check_is_lora(data)
     problems = refused_fields(data)
-    if strict and (unknown := sorted(set(map(str, data)) - _MAPPED - _IGNORED - _REFUSED)):
+    if strict and (unknown := unknown_fields(data)):
         problems.append(f"unknown keys {', '.join(f'`{k}`' for k in unknown)} (`strict=False` drops them)")
     init = data.get("init_lora_weights", True)
     if str(init) not in _INITS_BACK:
-        problems.append(f"`init_lora_weights={init!r}` is not implemented")
+        problems.append(
+            f"`init_lora_weights={init!r}` is not implemented: use one of {', '.join(map(repr, _INITS.values()))}"
+        )
     if not (data.get("target_modules") or data.get("target_parameters")):
         problems.append("`target_modules` is missing, and PEFT's choice by model type is not made here: name them")
     heads = TASK_HEADS.get(str(data.get("task_type") or ""), ())
@@ -90,7 +99,7 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         rank_pattern=data.get("rank_pattern") or {},
         alpha_pattern=data.get("alpha_pattern") or {},
         modules_to_save=data.get("modules_to_save") or (),
-        use_rslora=bool(data.get("use_rslora", False)),
+        use_rslora=data.get("use_rslora") or False,
         dropout=data.get("lora_dropout") or 0.0,
         init=_INITS_BACK[str(init)],
     )
@@ -170,25 +179,35 @@ def check_is_lora(data: Mapping[str, Any]) -> None:
 def without_init(data: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration beside trained factors, without the initialisation they started from.
 
-    **Raises:** `ValueError` for an initialisation that also changed the base model, so that the factors alone do
-    not say what the adapter computes.
+    **Raises:** `ValueError` for an initialisation that also changed the base model (pissa, olora, corda, loftq,
+    lora_ga) or that is not known here, so that the factors alone do not say what the adapter computes.
     """
-    out = dict(data)
-    init = str(out.get("init_lora_weights", True))
-    if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+    init = data.get("init_lora_weights", True)
+    if str(init) not in _PLAIN_INITS:
         raise ValueError(
-            f"`init_lora_weights={init!r}` changed the base model when training began, so these factors do not fit "
-            "the original base: convert them in PEFT, `model.save_pretrained(path, "
+            f"`init_lora_weights={init!r}` changed the base model when training began, or is not known here, so these "
+            "factors need not fit the original base: convert them in PEFT, `model.save_pretrained(path, "
             "path_initial_model_for_weight_conversion=...)`, or merge them there."
         )
-    for key in ("init_lora_weights", "eva_config"):
-        out.pop(key, None)
+    return {key: value for key, value in data.items() if key not in _INIT_SETTINGS}
+
+
+def refused_fields(data: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """What in `data` changes the computation and is not implemented here, one description each.
+
+    **Arguments:** `but`: fields that the caller implements.
+    """
+    out = []
+    for key in sorted((_REFUSED - set(but)) & set(data)):
+        if _is_on(data, key):
+            merge = "" if key in _NEVER_MERGED else ", or merge the adapter in PEFT (`merge_and_unload`)"
+            out.append(f"`{key}={data[key]!r}` is not implemented: train without it{merge}")
     return out
 
 
-def refused_fields(data: Mapping[str, Any]) -> list[str]:
-    """What in `data` changes the computation and is not implemented here, one description each."""
-    return [f"`{key}={data[key]!r}` is not implemented" for key in sorted(_REFUSED & set(data)) if _is_on(data, key)]
+def unknown_fields(data: Mapping[str, Any]) -> list[str]:
+    """The keys of `data` that PEFT 0.21 does not have."""
+    return sorted(set(map(str, data)) - _MAPPED - _IGNORED - _REFUSED)
 
 
 def plain_number(value: float) -> int | float:
@@ -211,10 +230,19 @@ def _targets(data: Mapping[str, Any]) -> Any:
                 "name the linear modules."
             )
         return _one_regex([modules], parameters) if parameters else modules
-    names = list(modules or ())
+    # PEFT stores "all-linear" as the list of what it means, excluded modules included.
+    modules = sorted(modules) if isinstance(modules, set | frozenset) else modules or ()
+    names = [n for n in modules if not _excluded(data.get("exclude_modules") or (), n)]
     if not data.get("layers_to_transform"):  # only then may a full name do more than an end of it
         names = [n for n in names if not any(n.endswith(f".{end}") for end in names)]
     return [*names, *(parameters or ())]
+
+
+def _excluded(exclude: str | Sequence[str], name: str) -> bool:
+    """Whether `exclude_modules` names, in PEFT's way, whatever ends with `name`."""
+    if isinstance(exclude, str):
+        return False  # an expression for whole names says nothing about an end of one
+    return any(name == entry or name.endswith(f".{entry}") for entry in exclude)
 
 
 def _plain_names(names: str | Sequence[str]) -> str | list[str]:

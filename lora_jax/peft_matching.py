@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.config import NOT_A_REGEX
 from lora_jax.peft_config import TASK_HEADS
 
 
@@ -17,17 +18,27 @@ def is_target(data: Mapping[str, Any], module: str) -> bool:
     **Source:** PEFT 0.21, `check_target_module_exists`: what is saved or excluded goes first, a string is a full
     match, a list matches names or their ends, and only an end is filtered by layer.
     """
-    targets = data.get("target_modules")
-    saved = [*(data.get("modules_to_save") or ()), *TASK_HEADS.get(str(data.get("task_type") or ""), ())]
-    if any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in saved):
+    if any(re.match(rf"(^|.*\.){entry}($|\..*)", module) for entry in saved_modules(data)):
         return False
     if _named(data.get("exclude_modules") or (), module):
         return False
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+    if not names_targets(data):
         return True
+    targets = data["target_modules"]
     if not _named(targets, module):
         return False
     return isinstance(targets, str) or module in targets or _in_layers(data, module)
+
+
+def names_targets(data: Mapping[str, Any]) -> bool:
+    """Whether the targets can be told from names of modules alone."""
+    targets = data.get("target_modules")
+    return targets is not None and not (isinstance(targets, str) and targets.lower() == "all-linear")
+
+
+def saved_modules(data: Mapping[str, Any]) -> list[str]:
+    """The entries of `modules_to_save`, with those that PEFT adds for the task."""
+    return [*(data.get("modules_to_save") or ()), *TASK_HEADS.get(str(data.get("task_type") or ""), ())]
 
 
 def pattern_values(pattern: Mapping[str, Any] | None, name: str) -> list[Any]:
@@ -52,19 +63,25 @@ def _in_layers(data: Mapping[str, Any], module: str) -> bool:
 
 
 def bad_patterns(data: Mapping[str, Any]) -> list[str]:
-    """What in `data` PEFT would use as a regular expression and is none, one description each."""
-    texts = [data[key] for key in ("target_modules", "exclude_modules") if isinstance(data.get(key), str)]
+    """What in `data` PEFT would use as a regular expression and is none, one description each.
+
+    Lists of names become a part of an expression, where a flag such as `(?i)` is an error too.
+    """
+    texts = [(data[key], "{}") for key in ("target_modules", "exclude_modules") if isinstance(data.get(key), str)]
     lists = data.get("layers_pattern") or ()
-    texts += [lists] if isinstance(lists, str) else lists
-    texts += [
-        *(data.get("modules_to_save") or ()),
-        *(data.get("rank_pattern") or ()),
-        *(data.get("alpha_pattern") or ()),
-    ]
+    parts = [lists] if isinstance(lists, str) else lists
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+        parts = [*parts, *(data.get(key) or ())]
+    texts += [(text, "(.*)({})$") for text in parts]
     out = []
-    for text in texts:
+    for text, whole in texts:
         try:
             re.compile(text)
-        except re.error as error:
-            out.append(f"{text!r} is not a regular expression: {error}")
+            re.compile(whole.replace("{}", text))
+        except NOT_A_REGEX as error:
+            out.append(f"{_shortened(text)} is not a regular expression: {error}")
     return out
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) < 80 else f"{text[:76]!r}..."

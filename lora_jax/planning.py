@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from lora_jax.interpret import Interpreter
 from lora_jax.layout import layout_of, stated_layout
 from lora_jax.selection import Row, select
 from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.undropped import InertDropoutWarning, dropout_note, has_dropout
 from lora_jax.weights.probe import Probe, Record, probe_weight
 from lora_jax.weights.virtual import Virtual
 
@@ -109,6 +111,8 @@ def plan(
 
     **Returns:** a `Plan`.
 
+    **Warns:** `InertDropoutWarning` if the configuration's dropout would act nowhere.
+
     **Raises:** `ValueError` naming every entry of the configuration that matches nothing that can be adapted,
     with the closest names; or, with `materialise="error"`, the weights that would be formed.
     """
@@ -156,7 +160,28 @@ def plan(
             f"these adapted weights would be formed in full at every call: {lines}. Leave them out with "
             "`exclude_modules`, or accept it with `materialise='report'`."
         )
+    if config.dropout > 0 and sites:
+        rows = _with_dropout_notes(rows, records, {name for name, _, _ in formed})
+        if not any(has_dropout(records[site.path], site) for site in sites if not site.is_full):
+            warnings.warn(
+                f"`dropout={config.dropout}` has no effect on this model: none of the {len(sites)} adapted parameters "
+                "is used in a product that drops its input (`print(plan)` says why). Write `dropout=0.0`, or target "
+                "weights that are multiplied by.",
+                InertDropoutWarning,
+                stacklevel=2,
+            )
     return Plan(config, sites, rows, formed)
+
+
+def _with_dropout_notes(
+    rows: tuple[Row, ...], records: Mapping[tuple[str, ...], Record], formed: set[str]
+) -> tuple[Row, ...]:
+    return tuple(
+        row
+        if row.site is None or row.site.is_full
+        else replace(row, note=dropout_note(records[row.path], row.site, row.name in formed))
+        for row in rows
+    )
 
 
 def _check_full(sites: tuple[Site, ...], unused: Mapping[tuple[str, ...], str]) -> None:

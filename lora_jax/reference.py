@@ -15,6 +15,11 @@ import numpy as np
 
 from lora_jax.sites import Atom, Site
 
+# Two factorings of one product, `||B1 A1 - B2 A2||_F` over the larger norm in float64. Rounding leaves some hundred
+# unit roundoffs of 1.1e-16. The smallest real difference, one of a million float32 factors in its last bit, moves the
+# product by 6e-8 / 1e3.
+SAME_PRODUCT = 1e-12
+
 # Roundings to the compute dtype on the way to one adapted output: both factors' casts, x·A, x·A·B, x·W, the sum.
 ROUNDINGS = 6
 

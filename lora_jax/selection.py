@@ -104,7 +104,8 @@ class _Chooser:
             self.entries.refuse("modules_to_save", saved, path, tuple(leaf.shape), reason)
             return None, reason
         self.entries.use("modules_to_save", saved, path)
-        return Site(path, tuple(leaf.shape), str(leaf.dtype), "full"), "trained in full"
+        tied = isinstance(layout, Layout) and layout.tied and layout.op == "embedding"
+        return Site(path, tuple(leaf.shape), str(leaf.dtype), "full", tied=tied), "trained in full"
 
     def _all_linear(self, path: Path, layout: Layout | str) -> tuple[list[str], str]:
         """The entry, or none and the reason."""

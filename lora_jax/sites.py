@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 LORA_A = "lora_A"
@@ -52,7 +53,7 @@ class Site:
     - `rank`, `alpha`, `rslora`: scale is `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
     - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
-      as well. The adapter changes both uses; an exporter has to write both.
+      as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
     """
 
     path: tuple[str, ...]
@@ -68,7 +69,7 @@ class Site:
     groups: int = 1
     tied: bool = False
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Dotted name of the parameter."""
         return ".".join(self.path)
@@ -103,12 +104,12 @@ class Site:
     def sizes_of(self, role: str) -> tuple[int, ...]:
         return tuple(atom.size for atom in self.atoms_of(role))
 
-    @property
+    @cached_property
     def a_shape(self) -> tuple[int, ...]:
         """Shape of `lora_A`: (*lead, *in, rank)."""
         return (*self.sizes_of("l"), *self.sizes_of("i"), self.rank)
 
-    @property
+    @cached_property
     def b_shape(self) -> tuple[int, ...]:
         """Shape of `lora_B`: (*lead, rank, *out)."""
         return (*self.sizes_of("l"), self.rank, *self.sizes_of("o"))

@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
-from lora_jax.config import LoRAConfig
+from lora_jax.config import NOT_A_REGEX, LoRAConfig
 
 ALL_LINEAR = "all-linear"
 ROUTERS = frozenset({"router", "gate", "gating_network", "router_weights"})
@@ -71,12 +71,13 @@ def _names_one_of(entry: str, names: Sequence[str]) -> bool:
 def _compiled(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error:
+    except NOT_A_REGEX:
         if is_wildcard(text):
             return re.compile(fnmatch.translate(text))
+        shown = repr(text) if len(text) < 80 else f"{text[:76]!r}..."
         raise ValueError(
-            f"the target {text!r} is neither a regular expression nor a wildcard; to name modules, write a list: "
-            f"[{text!r}]."
+            f"the target {shown} is neither a regular expression nor a wildcard; to name modules, write a list: "
+            f"[{shown}]."
         ) from None
 
 

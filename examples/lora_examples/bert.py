@@ -20,7 +20,13 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lora_examples.hf_directory import PathLike, flax_params, read_config, read_state_dict
+from lora_examples.hf_directory import PathLike, flax_params
+from lora_torch.hf_checkpoint import check_sizes, open_checkpoint
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,7 @@ class BertConfig:
         for key, value in expected.items():
             if (found := config.get(key, value)) != value:
                 raise ValueError(f"`{key}` is {found!r} in this config.json; only {value!r} is supported here.")
+        check_sizes(config, [name for name in _SIZES if name in config])
         names = {field.name for field in dataclasses.fields(cls)} - {"num_labels"}
         return cls(**{name: config[name] for name in names if name in config}, num_labels=num_labels)
 
@@ -198,12 +205,13 @@ def load(
 
     **Returns:** the model, and its parameters.
 
-    **Raises:** `ValueError` for an unsupported variant, and for missing, unexpected or misshapen tensors,
-    which are all listed.
+    **Raises:** as `lora_torch.hf_checkpoint.open_checkpoint`; `ValueError` for an unsupported variant, and for missing,
+    unexpected or misshapen tensors, which are all listed.
     """
-    config = BertConfig.from_hf(read_config(directory), num_labels=num_labels)
+    checkpoint = open_checkpoint(directory)
+    config = BertConfig.from_hf(checkpoint.config, num_labels=num_labels)
     model = BertForSequenceClassification(config)
-    state = read_state_dict(directory)
+    state = checkpoint.state_dict()
     if not any(name.startswith("bert.") for name in state):
         state = {f"bert.{name}": array for name, array in state.items()}
     if not any(name.startswith("classifier.") for name in state):

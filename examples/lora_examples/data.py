@@ -38,10 +38,19 @@ class Sentences:
 
 
 def load_tokenizer(folder: PathLike) -> "Tokenizer":
-    """Reads the `tokenizer.json` of a Hugging Face directory, less the padding and cutting it prescribes."""
+    """Reads the `tokenizer.json` of a Hugging Face directory, less the padding and cutting it prescribes.
+
+    **Raises:** `FileNotFoundError` if there is none, `ValueError` if it describes no tokenizer.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json, the only form of a tokenizer that is read here.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise ValueError(f"{path} describes no tokenizer: {error}.") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -37,10 +37,18 @@ _BLOCK = {
 
 
 def open_gguf(path: PathLike) -> "GGUFReader":
-    """Maps a GGUF file into memory, to read it with the functions below."""
+    """Maps a GGUF file into memory, to read it with the functions below.
+
+    **Raises:** `ValueError` if it is damaged or is no GGUF file; `OSError` if it cannot be opened.
+    """
     from gguf import GGUFReader
 
-    return GGUFReader(path)
+    try:
+        return GGUFReader(path)
+    except OSError:
+        raise
+    except Exception as error:  # the library parses by numpy, and fails in any way whatever
+        raise ValueError(f"{path} is damaged or is no GGUF file: {error}") from error
 
 
 def read_llama(reader: "GGUFReader", *, dtype: Any = np.float32) -> tuple[LlamaConfig, dict[str, Any]]:

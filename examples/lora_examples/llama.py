@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lora_torch.hf_checkpoint import check_sizes
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling:
@@ -69,6 +73,7 @@ class LlamaConfig:
         windowed = family == "mistral" or (family == "qwen2" and config.get("use_sliding_window", False))
         if family == "qwen2" and windowed and config.get("max_window_layers", 0) > 0:
             raise ValueError("Sliding windows on a part of the layers (`max_window_layers`) are not supported.")
+        check_sizes(config, _SIZES)
         bias = bool(config.get("attention_bias", False))
         heads = config["num_attention_heads"]
         return cls(

@@ -26,12 +26,15 @@ from lora_jax.config import LoRAConfig
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
 
-from .arrays import convert, ops_of
+from .arrays import convert
+from .files import FLOATS
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
+from .peft_full import check_whole, full_tensors
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
-from .peft_names import Names, as_naming, fan_in_fan_out, full_entries, places, torch_path, with_stacks
-from .peft_read import CONFIG_FILE, TENSOR_FILE
+from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
+from .peft_read import TENSOR_FILE
+from .peft_settings import CONFIG_FILE
 from .peft_tensors import Placement, to_modules
 from .peft_tensors import tied as tied_factors
 
@@ -46,7 +49,7 @@ def save_peft(
     target: Literal["peft", "vllm", "gguf"] = "peft",
     names: Names = None,
     tied: Mapping[str, str] | None = None,
-    base_model_name_or_path: str | None = None,
+    base_model_name_or_path: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     model_card: str | bool = True,
     parameter_order: Sequence[str] = PARAMETER_ORDER,
@@ -64,7 +67,7 @@ def save_peft(
     - `target`: who will read it. `"vllm"` and `"gguf"` fold the scale into B and pad all ranks to the largest.
     - `names`: a `Naming`, the name of a preset (`"hf-flax"`, `"nnx"`, `"tunix"`, …) or a table of renames.
     - `tied`: `{head's tensor: table's tensor}` where the adapted embedding is the output head as well; the head
-        gets the same adapter, transposed.
+        gets the same adapter, transposed, or the same copy if the table is trained in full.
     - `task_type`: PEFT's, e.g. `"CAUSAL_LM"`, `"SEQ_CLS"`.
     - `model_card`: True writes one, a string is written as it is, False writes none.
     - `parameter_order`: order in which a torch module registers parameters that are adapted as `target_parameters`.
@@ -84,20 +87,24 @@ def save_peft(
     config = plan_or_config.config if isinstance(plan_or_config, Plan) else plan_or_config
     naming = as_naming(names)
     placed = places(adapter.sites, naming, tied, plan and [row.path for row in plan.rows])
-    full = _full_tensors(adapter, naming)
+    full = full_tensors(adapter, naming, tied)
     full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full))
     conv1d = fan_in_fan_out(adapter.sites, naming)
     refuse(target, placed, full_modules, conv1d)
+    others = None if plan is None else _others(plan, adapter.sites, naming)
+    own = [name for place in placed if place.kind != "parameter" for name in (*place.names, *place.heads)]
+    check_whole(full_modules, [*own, *(others or ())])
     modules = _modules(adapter, placed)
+    _check_dtypes([*(x for m in modules for x in (m.factors.a, m.factors.b)), *full.values()])
     if target != "peft":
         modules = bake(modules)
     data = adapter_config(
         modules,
         full_modules,
         config,
-        None if plan is None else _others(plan, adapter.sites, naming),
+        others,
         task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path,
+        base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         fan_in_fan_out=conv1d,
     )
     keys = keys_of(placed, parameter_order)
@@ -132,15 +139,13 @@ def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
     return out
 
 
-def _full_tensors(adapter: Adapter, naming: Any) -> dict[str, np.ndarray]:
-    """Tensors of what is trained in full, by torch name."""
-    values = {site.path: convert(adapter.leaf(site.path), "numpy") for site in adapter.sites if site.is_full}
-    out: dict[str, np.ndarray] = {}
-    for entry in full_entries(adapter.sites, naming, values):
-        if entry.part is not None:
-            raise ValueError(f"`{entry.leaf}` is only a part of `{entry.names[0]}`, which PEFT saves as a whole.")
-        out |= zip(entry.names, entry.layout.to_torch(entry.leaf.value, ops_of("numpy")), strict=True)
-    return out
+def _check_dtypes(arrays: Sequence[np.ndarray]) -> None:
+    kinds = {array.dtype for array in arrays}
+    if wrong := sorted(dtype.name for dtype in kinds - set(map(np.dtype, FLOATS.values()))):
+        raise ValueError(
+            f"PEFT reads {', '.join(np.dtype(dtype).name for dtype in FLOATS.values())}, not {', '.join(wrong)}; cast "
+            "first, `jax.tree.map(lambda x: x.astype('float32'), adapter)`"
+        )
 
 
 def _others(plan: Plan, sites: Sequence[Site], naming: Any) -> list[str]:
@@ -158,11 +163,14 @@ def _others(plan: Plan, sites: Sequence[Site], naming: Any) -> list[str]:
 
 
 def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], card: str | None) -> Path:
-    """Everything goes to a folder beside `directory` first. A new directory appears whole; an old one loses its
-    configuration first and gets the new one last, so that it is never an adapter of two halves."""
+    """Everything goes to a folder of its own first. A new directory appears whole. In one that is there the
+    configuration goes first and comes last, so that it is never an adapter of two halves, and a failure puts back what
+    was there."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file; name a directory.")
-    work = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    final = directory.resolve()  # a link stays one
+    # Inside a directory that is there: its parent may be another file system, or not ours to write.
+    work = (final if final.is_dir() else final.parent) / f".{final.name}.{uuid.uuid4().hex}"
     work.mkdir(parents=True)
     try:
         # save_file writes the raw memory of an array that is not contiguous.
@@ -170,13 +178,29 @@ def _write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.
         if card is not None:
             (work / CARD_FILE).write_text(card, encoding="utf-8")
         (work / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if directory.is_dir() and any(directory.iterdir()):
-            (directory / CONFIG_FILE).unlink(missing_ok=True)
-            for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
-                if (work / name).exists():
-                    os.replace(work / name, directory / name)
+        if final.is_dir():
+            _exchange(work, final)
         else:
-            os.replace(work, directory)
+            os.replace(work, final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return directory
+
+
+def _exchange(work: Path, directory: Path) -> None:
+    """Moves the files of `work` to `directory`; those they replace are kept in `work` until all are there."""
+    new = [name for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE) if (work / name).exists()]
+    old = [name for name in reversed(new) if (directory / name).exists()]
+    (work / "old").mkdir()
+    try:
+        for name in old:
+            os.replace(directory / name, work / "old" / name)
+        for name in new:
+            os.replace(work / name, directory / name)
+    except BaseException:
+        for name in new:
+            if (work / "old" / name).exists():
+                os.replace(work / "old" / name, directory / name)
+            elif name not in old:
+                (directory / name).unlink(missing_ok=True)
+        raise

@@ -19,7 +19,7 @@ from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import plain_number, to_peft
 from lora_jax.targets import saved_by
 
-from .peft_tensors import Factors, Placement
+from .peft_tensors import Factors, Placement, fold
 
 TARGETS = ("peft", "vllm", "gguf")
 
@@ -75,7 +75,7 @@ def bake(modules: Sequence[Module]) -> list[Module]:
     for m in modules:
         a, b = m.factors.a, m.factors.b
         missing = rank - m.factors.rank
-        b = (b.astype(np.float64) * m.factors.scale).astype(b.dtype)
+        b = fold(b, m.factors.scale, m.name)
         a, b = np.pad(a, [(0, missing), (0, 0)]), np.pad(b, [(0, 0), (0, missing)])
         out.append(replace(m, factors=Factors(a, b, 1.0), alpha=float(rank), rslora=False))
     return out
@@ -170,14 +170,27 @@ def _deviating(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
 def _saved(full: Sequence[str], config: LoRAConfig | None, others: Sequence[str]) -> list[str]:
     """Entries of `modules_to_save`: the configuration's where they name exactly `full`, else the full names.
 
-    PEFT compares without a dot boundary: `head` also names `nohead`.
+    PEFT compares without a dot boundary, `head` also names `nohead`, and copies a module inside a copied one twice.
     """
+    outer = [name for name in full if not any(name.startswith(f"{other}.") for other in full)]
     entries = tuple(config.modules_to_save) if config else ()
     if full and entries and all(saved_by((*name.split("."), "weight"), entries) for name in full):
-        ends = {part for other in others for part in _prefixes(other)}
-        if not any(end.endswith(entry) for end in ends for entry in entries):
+        if not _misread(entries, full, others):
             return sorted(entries)
-    return sorted(full)
+    if problem := _misread(outer, full, others):
+        raise ValueError(f"PEFT compares the ends of names: {problem}. Rename one, or leave it out.")
+    return sorted(outer)
+
+
+def _misread(entries: Sequence[str], full: Sequence[str], others: Sequence[str]) -> str:
+    """What else PEFT would take `entries` of `modules_to_save` to name, if anything."""
+    hit = {end for name in (*full, *others) for end in _prefixes(name) if end.endswith(tuple(entries))}
+    for name in sorted(hit):
+        if strangers := [other for other in others if name in _prefixes(other)]:
+            return f"`modules_to_save={list(entries)}` also names `{strangers[0]}`"
+        if nested := hit & set(_prefixes(name)[:-1]):
+            return f"`modules_to_save={list(entries)}` names `{min(nested)}` and `{name}` in it"
+    return ""
 
 
 def _prefixes(name: str) -> list[str]:

@@ -8,19 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters import Adapter
+from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
+from lora_jax.reference import SAME_PRODUCT
 from lora_jax.sites import LORA_A, LORA_B, Site
 from lora_jax.tracing import flatten_params
 
+from . import products
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
+from .peft_full import match_aliases
 from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
-from .peft_read import AdapterFile, read_sorted, scaling
+from .peft_read import AdapterFile, read_sorted
+from .peft_settings import scaling
 from .peft_tensors import Factors, Joined, Placement, from_modules
 from .peft_tensors import tied as tied_factors
 from .problems import Problems
@@ -48,19 +54,21 @@ def load_peft(
     Ranks come from the tensors, alphas from the configuration.
 
     - With a **plan** they must be the plan's, since `lora_jax.apply` computes with the plan's ranks and scales;
-      `plan_peft` makes the plan that fits. Factors take the plan's dtype.
+      `plan_peft` makes the plan that fits. Factors take the plan's dtype, copies of `modules_to_save` the wider of
+      it and the base's.
     - With **sites** the returned adapter's sites carry the file's rank, alpha and rsLoRA: enough for
       `lora_jax.merge`. Factors keep the file's dtype.
 
-    Layers of unequal rank that are stacked here are padded with zeros; unequal scales in one stack are folded
-    into B. A fused kernel whose torch modules have different A gets the sum of their ranks.
+    Layers of unequal rank that are stacked here are padded with zeros, layers that the configuration leaves out are
+    zeros altogether; unequal scales in one stack are folded into B. A fused kernel whose torch modules have different
+    A gets the sum of their ranks.
 
     **Arguments:**
 
     - `names`, `tied`, `parameter_order`: as in `save_peft`.
     - `params`: the base's parameters. PEFT stores the base weight beside the factors of a targeted embedding; with
         `params` it is compared and must be equal, without it such a file is refused.
-    - `dtype`: of the factors, whatever else is said above.
+    - `dtype`: in place of the plan's or the file's.
 
     **Raises:** `FileNotFoundError`, or one `ValueError` listing every key that is unknown, missing, misshapen or
     would overwrite the base, every module the plan lacks, and every rank or alpha that differs from the plan's.
@@ -69,12 +77,25 @@ def load_peft(
     sites = plan_or_sites.sites if isinstance(plan_or_sites, Plan) else tuple(plan_or_sites)
     if dtype is None and isinstance(plan_or_sites, Plan):
         dtype = plan_or_sites.config.dtype
-    file = read_sorted(directory)
+    file = widen(read_sorted(directory), dtype)
     found, leaves = read_sites(file, sites, as_naming(names), tied, params, parameter_order)
     if fixed:
         _must_agree(file, sites, found)
         found = sites
-    return Adapter.from_leaves({path: _as_jax(x, dtype) for path, x in leaves.items()}, found)
+    full = {site.path: site.dtype for site in sites if site.is_full}
+    out = {}
+    for path, x in leaves.items():
+        kind = x.dtype if dtype is None else jnp.promote_types(full[path], dtype) if path in full else jnp.dtype(dtype)
+        out[path] = _as_jax(x, kind, ".".join(path))
+    return Adapter.from_leaves(out, found)
+
+
+def widen(file: AdapterFile, dtype: Any) -> AdapterFile:
+    """The file with factors at least as precise as `dtype`, so that folding a scale into B rounds no earlier."""
+    if dtype is not None:
+        for pair in file.pairs.values():
+            pair.update({key: x.astype(jnp.promote_types(x.dtype, dtype)) for key, x in pair.items()})
+    return file
 
 
 def read_sites(
@@ -90,8 +111,10 @@ def read_sites(
     keys = keys_of(placed, parameter_order)
     shapes = {site.path: np.empty(site.shape, site.dtype) for site in sites if site.is_full}
     entries = full_entries(sites, naming, shapes)
-    _match_names(file, placed, keys, entries)
-    _check_bases(file, sites, naming, params)
+    match_aliases(file, sites, entries, tied)
+    _fill_layers(file, placed, keys)
+    _match_names(file, placed, keys, entries, tied or {})
+    _check_bases(file, sites, naming, tied or {}, params)
     joined = {place.site.path: _join(file, place, keys) for place in placed}
     file.raise_if_any()
     whole = {entry.leaf.path: entry for entry in entries}
@@ -102,7 +125,7 @@ def read_sites(
             entry = whole[torch_path(site)]
             new.append(site)
             pieces = [file.full[name] for name in entry.names]
-            leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy")).astype(site.dtype)
+            leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy"))
         else:
             factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
             new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
@@ -110,8 +133,29 @@ def read_sites(
     return tuple(new), leaves
 
 
+def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[str, tuple[str, str]]) -> None:
+    """Zeros for the layers of a stack that the configuration leaves out, which change nothing and never train."""
+    for place in placed:
+        pairs = {name: file.pairs.get(_module(keys[name][0])) for name in place.names}
+        there = next((pair for pair in pairs.values() if pair and set(pair) == {"A", "B"}), None)
+        if there is None or place.kind not in ("linear", "embedding"):
+            continue
+        for name, pair in pairs.items():
+            if pair is None and not is_target(file.config, name):
+                rank = (pattern_values(file.config.get("rank_pattern"), name) or [file.config.get("r", 8)])[0]
+                a, b = there["A"], there["B"]
+                zeros = {"A": np.zeros((rank, *a.shape[1:]), a.dtype), "B": np.zeros((b.shape[0], rank), b.dtype)}
+                file.pairs[_module(keys[name][0])] = zeros
+                if place.kind == "embedding":
+                    file.embeddings.add(_module(keys[name][0]))
+
+
 def _match_names(
-    file: AdapterFile, placed: Sequence[Placement], keys: Mapping[str, tuple[str, str]], entries: Sequence[Entry]
+    file: AdapterFile,
+    placed: Sequence[Placement],
+    keys: Mapping[str, tuple[str, str]],
+    entries: Sequence[Entry],
+    tied: Mapping[str, str],
 ) -> None:
     """Notes modules and whole tensors that only the file has, or only the sites."""
     wanted = {_module(a): (name, place) for place in placed for name in _all(place) for a, _ in [keys[name]]}
@@ -122,6 +166,8 @@ def _match_names(
     unexpected = [module for module in file.pairs if module not in wanted]
     for n, module in enumerate(unexpected):
         hint = nearest(module, wanted) if n < _HINTS else ""
+        if table := tied.get(f"{module}.weight"):
+            hint = f": it is {table} here, and what changes the head alone has no form"
         file.problems.append(f"unexpected: {PREFIX}{module} is not in the plan{hint}")
     full = {name: entry for entry in entries for name in entry.names}
     for name, entry in full.items():
@@ -189,11 +235,17 @@ def _same_product(one: Factors, other: Factors) -> bool:
     """Whether two pairs are equal, or equal up to how they are factored."""
     if one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b):
         return True
-    left, right = (f.scale * f.b.astype(np.float64) @ f.a.astype(np.float64) for f in (one, other))
-    return np.array_equal(left, right)
+    (b1, a1), (b2, a2) = ((f.scale * f.b.astype(np.float64), f.a.astype(np.float64)) for f in (one, other))
+    if b1.shape[0] != b2.shape[0] or a1.shape[1] != a2.shape[1]:
+        return False
+    # The products themselves may be as large as a vocabulary's table.
+    size = max(products.frobenius(b1, a1), products.frobenius(b2, a2))
+    return products.distance(b1, a1, b2, a2) <= SAME_PRODUCT * size
 
 
-def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, params: Any) -> None:
+def _check_bases(
+    file: AdapterFile, sites: Sequence[Site], naming: Naming, tied: Mapping[str, str], params: Any
+) -> None:
     """PEFT stores a targeted embedding's own weight: it must be the base's, since nothing here replaces it."""
     if not file.bases:
         return
@@ -205,7 +257,9 @@ def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, param
         ]
         return
     naming = with_stacks(sites, naming)
-    shapes = {f"{module}.weight": value.shape for module, value in file.bases.items()}
+    # A head tied to an embedding has no parameter of its own: its base is the table.
+    names = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in file.bases}
+    shapes = {names[module]: value.shape for module, value in file.bases.items()}
     paths, values, _ = flatten_params(params)
     by_name: dict[str, np.ndarray] = {}
     for path, value in zip(paths, values, strict=True):
@@ -216,16 +270,14 @@ def _check_bases(file: AdapterFile, sites: Sequence[Site], naming: Naming, param
                 pieces = entry.layout.to_torch(convert(value, "numpy"), ops_of("numpy"))
                 by_name |= zip(entry.names, pieces, strict=True)
     for module, stored in file.bases.items():
-        ours = by_name.get(f"{module}.weight")
+        ours = by_name.get(names[module])
         if ours is None:
-            continue  # a head tied to the embedding has no parameter of its own, and is compared there
-        if ours.shape != stored.shape or not np.array_equal(ours.astype(stored.dtype), stored):
+            file.problems.append(f"no parameter corresponds to {module}, whose base weight the file holds")
+        elif ours.shape != stored.shape or not np.array_equal(ours.astype(stored.dtype), stored):
             file.problems.append(
                 f"{PREFIX}{module}.base_layer.weight {stored.shape} is not the base's weight {ours.shape}: the adapter "
                 "was trained on another base, or its vocabulary was changed"
             )
-    if not any(f"{module}.weight" in by_name for module in file.bases):
-        file.problems.append(f"no parameter corresponds to {', '.join(file.bases)}, whose base weight the file holds")
 
 
 def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site]) -> None:
@@ -244,8 +296,10 @@ def _settings(site: Site) -> str:
     return f"rank {site.rank}, alpha {site.alpha:g}{' with rsLoRA' if site.rslora else ''}"
 
 
-def _as_jax(x: np.ndarray, dtype: Any) -> Any:
-    return jnp.asarray(x if dtype is None else x.astype(jnp.dtype(dtype)))
+def _as_jax(x: np.ndarray, dtype: np.dtype, name: str) -> Any:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"`{name}`: jax keeps no {dtype.name} unless jax_enable_x64 is set; pass `dtype='float32'`")
+    return jnp.asarray(x.astype(dtype))
 
 
 def _all(place: Placement) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ its number after the last part of its path that is called like a list of layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -254,6 +254,8 @@ def _with_heads(out: list[Placement], tied: Mapping[str, str], problems: list[st
             n = tables[module]
             out[n] = replace(out[n], heads=(*out[n].heads, alias.rpartition(".")[0]))
     for place in out:
+        if len(place.heads) > 1:
+            problems.append(several_aliases(f"{place.names[0]}.weight", [f"{head}.weight" for head in place.heads]))
         if place.site.tied and place.kind != "embedding":
             problems.append(
                 f"`{place.site.name}` is used from both sides, and PEFT can adapt only one of them; leave it out."
@@ -264,3 +266,11 @@ def _with_heads(out: list[Placement], tied: Mapping[str, str], problems: list[st
                 f"head's name, `tied={{'lm_head.weight': '{place.names[0]}.weight'}}`"
             )
     return out
+
+
+def several_aliases(table: str, aliases: Iterable[str]) -> str:
+    """Why a table that more than one other module shares cannot be adapted in PEFT."""
+    return (
+        f"`{table}` is also called {', '.join(aliases)}: PEFT adapts a shared module under its first name only and "
+        "leaves the other lookups the base's; leave this table out."
+    )

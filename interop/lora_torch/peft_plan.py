@@ -10,13 +10,14 @@ from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import from_peft, without_init
+from lora_jax.peft_matching import is_target, names_targets
 from lora_jax.planning import Plan, plan
 from lora_jax.sites import Site
 from lora_jax.targets import ROUTERS
 
 from .naming import Naming
-from .peft_keys import PARAMETER_ORDER
-from .peft_load import read_sites
+from .peft_keys import PARAMETER_ORDER, PREFIX
+from .peft_load import read_sites, widen
 from .peft_names import Names, as_naming, place_each, with_stacks
 from .peft_read import AdapterFile, read_sorted
 from .peft_tensors import Placement
@@ -34,7 +35,7 @@ def config_for(directory: str | Path) -> LoRAConfig:
     file = read_sorted(directory)
     file.raise_if_any()
     data = without_init(file.config)
-    modules = {name.rpartition(".")[0] for name in file.full}
+    modules = {name.rpartition(".")[0] for name in file.full if name not in file.strays}
     kept = [e for e in data.get("modules_to_save") or () if any(_names(e, m) for m in modules)]
     data["modules_to_save"] = [*kept, *sorted(m for m in modules if not any(_names(e, m) for e in kept))]
     return from_peft(data)
@@ -62,17 +63,19 @@ def plan_peft(
 
     **Raises:** `ValueError` as `load_peft`; among others for modules of the file that the model does not have.
     """
-    file = read_sorted(directory)
+    file = widen(read_sorted(directory), dtype)
     naming = as_naming(names)
     # Everything that can be adapted, routers included (a pattern must spell those out); then what the file has.
     everything = LoRAConfig(target_modules=f".*|{'|'.join(sorted(ROUTERS))}", rank=1, alpha=1)
     broad = plan(fn, params, *args, config=everything, axis_roles=axis_roles, **kwargs)
     found = place_each(broad.sites, naming)
     chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
+    file.problems += _targeted_but_absent(file, [p for p in found.values() if isinstance(p, Placement)])
     own = {site.path for site in chosen}
+    tables = {site.path for site in broad.sites if site.tied and site.op == "embedding"}
     naming = with_stacks(broad.sites, naming)
     full = [
-        Site(row.path, row.shape, row.dtype, "full")
+        Site(row.path, row.shape, row.dtype, "full", tied=row.path in tables)
         for row in broad.rows
         if row.path not in own and _is_full(file, row.path, row.shape, naming)
     ]
@@ -112,6 +115,20 @@ def _in_file(file: AdapterFile, place: Placement) -> bool:
         return any(name in file.pairs for name in place.names)
     entries = file.config.get("target_parameters") or ()
     return any(name == e or name.endswith(f".{e}") for name in place.names for e in entries)
+
+
+def _targeted_but_absent(file: AdapterFile, placed: Sequence[Placement]) -> list[str]:
+    """Modules that the configuration targets and the file has no factors for: PEFT would leave them the base's."""
+    if not names_targets(file.config):
+        return []
+    return [
+        f"missing: {PREFIX}{name}, which the configuration targets; if it was not adapted, add it to `exclude_modules` "
+        "there"
+        for place in placed
+        if place.kind != "parameter"
+        for name in place.names
+        if name not in file.pairs and is_target(file.config, name)
+    ]
 
 
 def _is_full(file: AdapterFile, path: tuple[str, ...], shape: tuple[int, ...], naming: Naming) -> bool:

@@ -6,38 +6,39 @@ fits. Here every key must have a role under the configuration beside it, or the 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from lora_jax.peft_config import TASK_HEADS, check_is_lora, refused_fields, without_init
-from lora_jax.peft_matching import bad_patterns, is_target, pattern_values
+from lora_jax.peft_config import refused_fields, without_init
+from lora_jax.peft_matching import is_target, saved_modules
 
+from .arrays import convert, same_bits
+from .files import read_floats
 from .peft_keys import PREFIX
+from .peft_settings import read_config, scaling, unknown_settings
 
-CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-# Endings of methods that are not implemented, and how to call them.
-_METHODS = {
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_magnitude_vector.weight": "DoRA",
-    ".lora_B.bias": "`lora_bias`",
-    ".trainable_tokens_delta": "trainable tokens",
-    ".ia3_l": "IA3",
-    "prompt_embeddings": "prompt learning",
+# Endings of methods on top of LoRA: what they are called here and by users, and the setting that switches them on.
+_EXTRAS = {
+    ".lora_magnitude_vector": ("lora_magnitude_vector", "DoRA", "use_dora"),
+    ".lora_magnitude_vector.weight": ("lora_magnitude_vector", "DoRA", "use_dora"),  # as some exporters spell it
+    ".lora_B.bias": ("lora_B.bias", "`lora_bias`", "lora_bias"),
+    ".token_adapter.trainable_tokens_delta": (
+        "trainable_tokens_delta",
+        "trainable tokens",
+        "trainable_token_indices",
+    ),
 }
+# Endings that no LoRA file has.
+_FOREIGN = {".ia3_l": "IA3", "prompt_embeddings": "prompt learning"}
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
@@ -46,8 +47,10 @@ class AdapterFile:
     """A directory's parts by role.
 
     **Fields:** `config`, as stored; `pairs`, `{module: {"A": array, "B": array}}` with `.base_layer` left in nested
-    names; `embeddings`, which of these have embedding keys; `full`, whole tensors of `modules_to_save`; `bases`,
-    `{module: weight}` that PEFT stores beside a targeted embedding; `problems` found so far.
+    names; `embeddings`, which of these have embedding keys; `full`, whole tensors by name, of `modules_to_save` and
+    biases trained beside the factors; `bases`, `{module: weight}` that PEFT stores beside a targeted embedding;
+    `strays`, whole tensors that the configuration does not name; `extras`, `{module: {name: array}}` of DoRA,
+    `lora_bias` and trained token rows; `problems` found so far.
     """
 
     directory: Path
@@ -56,6 +59,8 @@ class AdapterFile:
     embeddings: set[str] = field(default_factory=set)
     full: dict[str, np.ndarray] = field(default_factory=dict)
     bases: dict[str, np.ndarray] = field(default_factory=dict)
+    strays: dict[str, np.ndarray] = field(default_factory=dict)
+    extras: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def raise_if_any(self) -> None:
@@ -77,86 +82,46 @@ def read_peft(directory: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarr
     would overwrite a base tensor, or that PEFT would drop since the configuration does not name its module.
     """
     config, tensors = _files(Path(directory))
-    sort(Path(directory), config, tensors).raise_if_any()
+    file = _sort(Path(directory), config, tensors)
+    _only_lora(file)
+    file.raise_if_any()
     return config, tensors
 
 
 def read_sorted(directory: str | Path) -> AdapterFile:
     """As `read_peft`, but parts by role, with `problems` collected rather than raised."""
-    config, tensors = _files(Path(directory))
-    return sort(Path(directory), config, tensors)
+    file = read_described(directory)
+    _only_lora(file)
+    return file
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed `adapter_config.json` of a LoRA adapter."""
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        below = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_FILE}")) if directory.is_dir() else []
-        hint = f"; its folders {', '.join(below)} are adapters, pass one of them" if below else ""
-        raise FileNotFoundError(f"{directory} is not a PEFT adapter: there is no {CONFIG_FILE}{hint}.")
+def read_described(directory: str | Path) -> AdapterFile:
+    """As `read_sorted`, but methods that cannot be applied here are taken where the configuration states them.
+
+    For looking at a file. Whoever computes with it must refuse `extras` and settings it does not know.
+    """
+    return _sort(Path(directory), *_files(Path(directory)))
+
+
+def _only_lora(file: AdapterFile) -> None:
+    """Notes everything that `lora_jax` does not apply."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not an object of settings.")
-    try:
-        check_is_lora(config)
+        file.problems += refused_fields(without_init(file.config))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    _check_types(path, config)
-    return config
-
-
-def _check_types(path: Path, config: Mapping[str, Any]) -> None:
-    problems = []
-    numbers = [("r", config.get("r", 8)), ("lora_alpha", config.get("lora_alpha", 8))]
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = config.get(key)
-        if value is not None and not isinstance(value, dict):
-            problems.append(f"`{key}` must be an object, got {value!r}")
-        else:
-            numbers += [(f"{key}[{k!r}]", v) for k, v in (value or {}).items()]
-    for name, value in numbers:
-        whole = name == "r" or name.startswith("rank")
-        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or not math.isfinite(value) or (whole and value < 1):
-            problems.append(f"`{name}` must be a {'positive whole' if whole else 'finite'} number, got {value!r}")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"):
-        value = config.get(key)
-        plain = isinstance(value, list) and all(isinstance(x, str) for x in value)
-        text = isinstance(value, str) and key not in ("modules_to_save", "target_parameters")
-        if value is not None and not plain and not text:
-            problems.append(f"`{key}` must be a list of names, got {value!r}")
-    layers = config.get("layers_to_transform")
-    if layers is not None and not all(isinstance(i, int) for i in (layers if isinstance(layers, list) else [layers])):
-        problems.append(f"`layers_to_transform` must be whole numbers, got {layers!r}")
-    if not problems:
-        problems = bad_patterns(config)
-    if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}.")
+        file.problems += [*refused_fields(file.config), str(error).removesuffix(".")]
+    file.problems += unknown_settings(file.config)
+    names = {name: method for name, method, _ in _EXTRAS.values()}
+    for module, extras in file.extras.items():
+        file.problems += [f"{PREFIX}{module}.{n} belongs to {names[n]}, which is not implemented" for n in extras]
 
 
 def _files(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     config = read_config(directory)
     if (directory / TENSOR_FILE).is_file():
-        return config, _read_safetensors(directory / TENSOR_FILE)
+        return config, read_floats(directory / TENSOR_FILE)
     if (directory / PICKLE_FILE).is_file():
         return config, _read_pickle(directory / PICKLE_FILE)
     raise FileNotFoundError(f"{directory} holds no {TENSOR_FILE}.")
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    # The library checks the header's length and every offset against the file before a tensor is made.
-    try:
-        with safe_open(path, framework="numpy") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-            if wrong := {k: v for k, v in kinds.items() if v not in _FLOATS}:
-                listed = ", ".join(f"{k} ({v})" for k, v in wrong.items())
-                raise ValueError(f"{path}: factors are {', '.join(_FLOATS)}; not so {listed}.")
-            return {key: np.asarray(file.get_tensor(key), _FLOATS[kinds[key]]) for key in kinds}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or is no safetensors file: {error}.") from error
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -178,30 +143,27 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in found.items()
     ):
         raise ValueError(f"{path} holds other things than named floating-point tensors.")
-    from .arrays import convert
-
     return {key: convert(value, "numpy") for key, value in found.items()}
 
 
-def sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> AdapterFile:
+def _sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> AdapterFile:
     """Gives each key its role; whatever has none is in `problems`."""
     out = AdapterFile(directory, config)
-    out.problems += refused_fields({k: v for k, v in config.items() if k != "eva_config"})
-    try:
-        without_init(config)
-    except ValueError as error:
-        out.problems.append(str(error))
     if not tensors:
         out.problems.append(f"{TENSOR_FILE} holds no tensors")
+    whole: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
         if not _KEY.fullmatch(key):
             out.problems.append(f"{key!r} is no name of a tensor")
-        elif not key.startswith(PREFIX):
+        elif name == key:
             out.problems.append(f"{key} does not start with `{PREFIX}`; PEFT would ignore it")
-        elif method := next((m for end, m in _METHODS.items() if key.endswith(end)), None):
+        elif method := next((m for end, m in _FOREIGN.items() if key.endswith(end)), None):
             out.problems.append(f"{key} belongs to {method}, which is not implemented")
+        elif ending := next((e for e in _EXTRAS if key.endswith(e)), None):
+            _extra(name.removesuffix(ending), ending, value, out)
         elif ending := next((e for e in _PARTS if key.endswith(e)), None):
-            module = key.removeprefix(PREFIX).removesuffix(ending)
+            module = name.removesuffix(ending)
             pair = out.pairs.setdefault(module, {})
             if pair and ("embedding" in ending) != (module in out.embeddings):
                 out.problems.append(f"{key}: {module} has factors of an embedding and of a linear layer")
@@ -209,29 +171,61 @@ def sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarr
             if "embedding" in ending:
                 out.embeddings.add(module)
         else:
-            _whole_tensor(key.removeprefix(PREFIX), value, out)
+            whole[name] = value
+    _whole_tensors(whole, out)
     for module, pair in out.pairs.items():
         _check_pair(module, pair, out)
+    for module, extras in out.extras.items():
+        if module not in out.pairs and (needy := sorted(extras.keys() - {"trainable_tokens_delta"})):
+            out.problems.append(f"{PREFIX}{module} has {', '.join(needy)} but no factors")
     for module in out.bases:
         if module not in out.pairs:
             out.problems.append(f"{PREFIX}{module}.base_layer.weight would overwrite the base: {module} has no factors")
     return out
 
 
-def _whole_tensor(name: str, value: np.ndarray, out: AdapterFile) -> None:
-    if name.endswith(".base_layer.weight"):
-        out.bases[name.removesuffix(".base_layer.weight")] = value
-        return
-    entries = [*(out.config.get("modules_to_save") or ()), *TASK_HEADS.get(str(out.config.get("task_type") or ""), ())]
-    parts = name.split(".")[:-1]
-    owners = [".".join(parts[: n + 1]) for n in range(len(parts))]
-    if any(owner == entry or owner.endswith(entry) for owner in owners for entry in entries):
-        out.full[name] = value
-    else:
-        out.problems.append(
-            f"{PREFIX}{name} {value.shape} would overwrite a base tensor: it is no factor, and `modules_to_save` does "
-            "not name its module"
-        )
+def _extra(module: str, ending: str, value: np.ndarray, out: AdapterFile) -> None:
+    name, method, setting = _EXTRAS[ending]
+    out.extras.setdefault(module, {})[name] = value
+    if not out.config.get(setting):
+        out.problems.append(f"{PREFIX}{module}{ending} belongs to {method}, but the configuration has no `{setting}`")
+
+
+def _whole_tensors(whole: Mapping[str, np.ndarray], out: AdapterFile) -> None:
+    bias, entries = out.config.get("bias") or "none", tuple(saved_modules(out.config))
+    for name, value in whole.items():
+        module, _, parameter = name.rpartition(".")
+        adapted = module.removesuffix(".base_layer")
+        parts = module.split(".")
+        owners = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        # PEFT compares with `endswith`, without a dot boundary.
+        copied = [owner for owner in owners if owner.endswith(entries)]
+        if adapted != module and parameter == "weight":
+            out.bases[adapted] = value
+        elif adapted != module and parameter == "bias" and bias in ("all", "lora_only") and adapted in out.pairs:
+            out.full[f"{adapted}.bias"] = value
+        elif copied or (parameter == "bias" and bias == "all"):
+            out.full[name] = value
+        else:
+            out.strays[name] = value
+        if len(copied) > 1 and name in out.full:
+            out.problems.append(
+                f"`modules_to_save` names {copied[0]} and {copied[1]} in it: PEFT trained two copies and stored one"
+            )
+    _tied_copies(out)
+
+
+def _tied_copies(out: AdapterFile) -> None:
+    """With `ensure_weight_tying` PEFT also saves the head that shares a copied table, and does not list it."""
+    copies = list(out.full.values()) if out.config.get("ensure_weight_tying") else []
+    for name, value in out.strays.items():
+        if any(same_bits(value, copy) for copy in copies):
+            out.full[name] = value
+        else:
+            out.problems.append(
+                f"{PREFIX}{name} {value.shape} would overwrite a base tensor: it is no factor, and neither "
+                "`modules_to_save` nor `bias` gives it a role"
+            )
 
 
 def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -> None:
@@ -240,10 +234,12 @@ def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -
         return
     a, b = pair["A"], pair["B"]
     shapes = f"{module}: lora_A {a.shape}, lora_B {b.shape}"
-    if a.ndim < 2 or a.ndim != b.ndim or 0 in (*a.shape, *b.shape) or any(n != 1 for n in b.shape[2:]):
+    most = 2 if module in out.embeddings else 5
+    if not 2 <= a.ndim <= most or a.ndim != b.ndim or 0 in (*a.shape, *b.shape) or any(n != 1 for n in b.shape[2:]):
         out.problems.append(f"{shapes} are no factors")
         return
-    grouped = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
+    groups = a.shape[0] // b.shape[1]
+    grouped = a.ndim > 2 and groups > 0 and a.shape[0] % b.shape[1] == 0 and b.shape[0] % groups == 0
     if a.shape[0] != b.shape[1] and not grouped:
         out.problems.append(f"{shapes} do not agree on a rank; are they transposed?")
         return
@@ -251,32 +247,21 @@ def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -
     owners = [name.rpartition(".")[0] for name in out.config.get("target_parameters") or ()]
     if any(bare == owner or bare.endswith(f".{owner}") for owner in owners):
         return  # its rank is that of all experts together
+    # With `ensure_weight_tying` PEFT adapts the tied head too and leaves it out of `target_modules`.
     if not is_target(out.config, module) and not out.config.get("ensure_weight_tying"):
         out.problems.append(f"{module} has factors, but the configuration does not target it; PEFT would drop them")
+    _check_extras(module, b, out)
     try:
         scaling(out.config, module, a.shape[0])
     except ValueError as error:
         out.problems.append(str(error))
 
 
-def scaling(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, float]:
-    """`(alpha, scale)` of the module `name`, whose tensors have rank `rank`.
-
-    PEFT takes the first matching pattern, in an order that its own sorted JSON changes; so patterns only confirm
-    the rank of the tensors, and alphas must not contradict one another.
-
-    **Raises:** `ValueError` if no rank of the configuration is `rank`, or if alpha is ambiguous.
-    """
-    ranks = pattern_values(config.get("rank_pattern"), name) or [config.get("r", 8)]
-    if rank not in ranks:
-        said = " or ".join(map(str, dict.fromkeys(ranks)))
-        raise ValueError(
-            f"{name}: the tensors have rank {rank}, the configuration says {said}, so its scale is unknown"
-        )
-    alphas = list(dict.fromkeys(pattern_values(config.get("alpha_pattern"), name))) or [config.get("lora_alpha", 8)]
-    if len(alphas) > 1:
-        raise ValueError(
-            f"{name}: several keys of `alpha_pattern` match, with alphas {', '.join(map(str, alphas))}; which one PEFT "
-            "meant is lost when it sorts the file. Leave the right one"
-        )
-    return float(alphas[0]), float(alphas[0]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _check_extras(module: str, b: np.ndarray, out: AdapterFile) -> None:
+    extras = out.extras.get(module, {})
+    for name, setting in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):
+        if out.config.get(setting) and name not in extras:
+            out.problems.append(f"{module} has no {name} although `{setting}` is true")
+    bias = extras.get("lora_B.bias")
+    if bias is not None and bias.shape != b.shape[:1]:
+        out.problems.append(f"{module}: lora_B.bias is {bias.shape}, but lora_B {b.shape}")

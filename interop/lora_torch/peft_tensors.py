@@ -104,6 +104,18 @@ def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Fact
     return out
 
 
+def fold(b: np.ndarray, by: float, name: str) -> np.ndarray:
+    """`by * b`, rounded once to the dtype of `b`. **Raises** `ValueError` where that is beyond the dtype."""
+    with np.errstate(over="ignore"):
+        out = (b.astype(np.float64) * by).astype(b.dtype)
+    if not np.array_equal(np.isfinite(out), np.isfinite(b)):
+        raise ValueError(
+            f"{name}: lora_B times {by:g} is beyond {b.dtype.name}; use float32 factors, "
+            "`jax.tree.map(lambda x: x.astype('float32'), adapter)`, or `dtype='float32'` on load"
+        )
+    return out
+
+
 def tied(factors: Factors) -> Factors:
     """The factors of a linear head that uses the table of an embedding: the same product, transposed."""
     return replace(factors, a=factors.b.T, b=factors.a.T)
@@ -158,7 +170,7 @@ def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[
     """One module's factors as (experts..., in..., r) and (experts..., r, out) at the common scale."""
     a, b = found.a, found.b
     if found.scale != scale:
-        b = (b.astype(np.float64) * (found.scale / scale)).astype(b.dtype)
+        b = fold(b, found.scale / scale, name)
     counts, inner = [x.size for x in place.experts], [x.size for x in place.inner]
     if place.kind == "conv":
         a, b = _conv_in(a, b.reshape(b.shape[:2]), place.groups, name)

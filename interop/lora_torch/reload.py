@@ -60,10 +60,10 @@ def _num_labels(adapter: str | PathLike[str]) -> int:
     """Rows of the classification head in the adapter's file."""
     from pathlib import Path
 
-    from safetensors import safe_open
+    from .files import open_safetensors
 
     heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-    with safe_open(Path(adapter) / "adapter_model.safetensors", "numpy") as file:
+    with open_safetensors(Path(adapter) / "adapter_model.safetensors") as file:
         for name in file.keys():
             if name.endswith(heads):
                 return file.get_slice(name).get_shape()[0]

@@ -34,18 +34,19 @@ def resolve(leaves: Sequence[Leaf], naming: Naming, shapes: Shapes | None, probl
     """
     problems.other += naming.unused([leaf.path for leaf in leaves])
     entries = []
-    owners: dict[tuple[str, int | None], str] = {}
+    owners: dict[tuple[str, int | None], Leaf] = {}
     for leaf in leaves:
         entry = _resolve_leaf(leaf, naming, shapes, problems)
         if entry is None:
             continue
         entries.append(entry)
         for name in entry.names:
-            other = owners.setdefault((name, entry.part), ".".join(leaf.path))
-            if other != ".".join(leaf.path):
+            other = owners.setdefault((name, entry.part), leaf)
+            if other is not leaf:  # a name may hold dots, so only the leaves themselves can be told apart
+                one, two = (".".join(each.path) for each in (other, leaf))
                 problems.other.append(
-                    f"{other} and {'.'.join(leaf.path)} both become {name}; rename one with `names`, or make them "
-                    "parts of it with `Rule(part=…)`"
+                    f"{one} and {two} both become {name}; rename one with `names`, or make them parts of it with "
+                    "`Rule(part=…)`"
                 )
     return entries
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .arrays import KINDS, Kind, check_values, convert, kind_of, ops_of, same_bits, shape_dtype
-from .checks import broken_tie, check_dtypes, check_ties, compare_shapes, hint_ties
+from .checks import broken_tie, check_dtypes, check_ties, compare_shapes, hint_ties, kept_by
 from .naming import Naming, nearest
 from .parts import part_slices, produced_shapes
 from .problems import Problems
@@ -68,6 +68,8 @@ def to_torch_state_dict(
     entries = resolve(leaves, naming, shapes, problems)
     # Every name and shape is checked before the first value moves.
     produced = produced_shapes(entries, problems)
+    for entry in entries:
+        problems.other += kept_by(kind, entry.names[0], entry.leaf.dtype, "cast the parameter first")
     ties = check_ties(tied, problems)
     for alias, source in ties.items():
         if source in produced:

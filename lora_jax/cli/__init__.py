@@ -93,7 +93,11 @@ def _run(name: str, words: Sequence[str]) -> int:
             message += _closest(message.split()[2].lstrip("-").partition("=")[0], defaults)
         return _fail(f"lora-jax {name}", f"error: {message} (see `lora-jax {name} --help`)")
     parsed.pop("config", None)
-    status = call(**vars(parser.instantiate(parsed)))
+    try:
+        values = vars(parser.instantiate(parsed))
+    except TypeError as error:  # a dataclass refuses a value of the user's
+        raise ValueError(str(error)) from error
+    status = call(**values)
     return 0 if status is None else int(status)
 
 
@@ -119,7 +123,22 @@ def _parser(name: str, function: Callable[..., Any]) -> tuple[Any, Callable[...,
         return parser, function
     assert isinstance(kind, type)
     parser.add_class_arguments(kind, as_group=False, fail_untyped=True)
+    _explain_fields(parser, kind)
     return parser, lambda **values: function(kind(**values))
+
+
+def _explain_fields(parser: Any, kind: type) -> None:
+    """Help for options whose dataclass lists its `**Fields:**`, which jsonargparse does not read."""
+    import re
+    from typing import get_type_hints
+
+    for group, nested in get_type_hints(kind).items():
+        text = (getattr(nested, "__doc__", None) or "").partition("**Fields:**")[2].partition("**Raises:**")[0]
+        for names, told in re.findall(r"^ *- ((?:`\w+`(?:, )?)+): (.*?)(?=^ *- |\Z)", text, re.M | re.S):
+            for name in re.findall(r"\w+", names):
+                for action in parser._actions:
+                    if action.dest == f"{group}.{name}" and not action.help:
+                        action.help = " ".join(told.replace("`", "").replace("%", "%%").split())
 
 
 def _normalise(words: Sequence[str], defaults: dict[str, Any]) -> list[str]:
@@ -158,5 +177,19 @@ def _closest(name: str, known: Any) -> str:
 
 
 def _fail(who: str, message: str, status: int = 2) -> int:
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{who}: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _one_line(message: str) -> str:
+    """A message as one line; indented lines are a list, of which the first few stand in full."""
+    from itertools import groupby
+
+    from lora_jax.cli._show import listed
+
+    lines = [line for line in message.splitlines() if line.strip()]
+    out = []
+    for is_list, group in groupby(lines, key=lambda line: line[:1].isspace()):
+        texts = [" ".join(line.split()) for line in group]
+        out.append(listed(texts) if is_list else " ".join(texts))
+    return " ".join(out)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.cli._adapter import Adapter, LowRank, listed
-from lora_jax.cli._adapter_config import is_target, names_targets
-from lora_jax.cli._base import Base, Entry
+from lora_jax.cli._adapter import Adapter, LowRank
+from lora_jax.cli._show import listed
+from lora_jax.peft_matching import is_target, names_targets
+from lora_torch.hf_checkpoint import Checkpoint, Entry
 
 # Where transformers stores (in, out) kernels: its Conv1D layers, by config.json's model_type.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -118,7 +119,7 @@ def _nearest(name: str, available: Collection[str]) -> str:
     return f" (closest: {close[0]})" if close else ""
 
 
-def unadapted(adapter: Adapter, base: Base, names: Mapping[str, str]) -> list[str]:
+def unadapted(adapter: Adapter, base: Checkpoint, names: Mapping[str, str]) -> list[str]:
     """Base modules that the adapter's targets cover but its file does not, in the adapter's names.
 
     `names` is the renaming of the changed tensors; its prefix is undone for all the others.
@@ -137,7 +138,7 @@ def unadapted(adapter: Adapter, base: Base, names: Mapping[str, str]) -> list[st
     return sorted(module for module in modules if is_target(adapter.config, module))
 
 
-def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: Base) -> Edit:
+def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: Checkpoint) -> Edit:
     """Checks a change against the base tensor `name`. **Raises:** `ValueError` naming it, and both shapes."""
     full, factors, added = change
     if entry.dtype.kind in "biu":
@@ -164,7 +165,9 @@ def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: B
     return Edit(full, left, right, factors.scaling, added)
 
 
-def _is_flipped(name: str, made: tuple[int, ...], entry: Entry, factors: LowRank, adapter: Adapter, base: Base) -> bool:
+def _is_flipped(
+    name: str, made: tuple[int, ...], entry: Entry, factors: LowRank, adapter: Adapter, base: Checkpoint
+) -> bool:
     """Whether the base stores (in, out). PEFT goes by the layer's class, which a file does not tell.
 
     So: by the module's name for GPT-2 and its kin, else by `fan_in_fan_out`. The flag alone would not do for

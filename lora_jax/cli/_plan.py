@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.cli._adapter import Adapter, listed
-from lora_jax.cli._base import Base
+from lora_jax.cli._adapter import Adapter
 from lora_jax.cli._edits import Edit, changes_of, make_edit, renaming, unadapted
+from lora_jax.cli._show import listed
 from lora_jax.cli._tied import find_tie, is_head, settle, touches_vocabulary
+from lora_jax.peft_config import refused_fields, without_init
+from lora_torch.hf_checkpoint import Checkpoint
+from lora_torch.peft_settings import unknown_settings
 
-# Initialisations after which the factors refer to the base as it was given. The others (pissa, olora, corda,
-# loftq, lora_ga) subtract from the base first, so that adding the factors to the original would be wrong.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Settings that leave the meaning of s * B * A alone, or that are handled here.
-HANDLED = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform
-    loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_core modules_to_save peft_type
-    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
-    use_rslora""".split()
-)
+# Refused by the library, which trains and applies factors alone; a merge adds these as well.
+HANDLED = ("bias", "lora_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +24,7 @@ class Plan:
     config: dict[str, Any]  # config.json to write
 
 
-def plan_merge(adapter: Adapter, base: Base, untie: bool = False, partial: bool = False) -> Plan:
+def plan_merge(adapter: Adapter, base: Checkpoint, untie: bool = False, partial: bool = False) -> Plan:
     """Decides every tensor of the result.
 
     **Raises:** `ValueError` for whatever could not be merged exactly: an unsupported method, a missing or
@@ -74,22 +68,15 @@ def plan_merge(adapter: Adapter, base: Base, untie: bool = False, partial: bool 
 
 def _check_supported(adapter: Adapter) -> None:
     config, where = adapter.config, adapter.directory
-    if config.get("use_dora"):
-        raise ValueError(f"{where} is a DoRA adapter, which is not supported here; merge it with PEFT.")
-    if adapter.others:
-        name = next(iter(adapter.others))
-        raise ValueError(f"{where} holds {name}, which is not supported here; merge it with PEFT.")
-    init = config.get("init_lora_weights")
-    if init not in PLAIN_INITS:
-        raise ValueError(
-            f"{where} has init_lora_weights={init!r}, whose factors refer to a base from which the initial ones "
-            "were subtracted. Convert it first: PEFT's `save_pretrained` with "
-            "`path_initial_model_for_weight_conversion`."
-        )
-    others = [key for key, value in config.items() if key not in HANDLED and value]
-    if others:
-        told = ", ".join(f"{key}={config[key]!r}" for key in others)
-        raise ValueError(f"{where} uses {told}, which is not supported here; merge it with PEFT.")
+    try:
+        config = without_init(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    problems = refused_fields(config, but=HANDLED)
+    problems += unknown_settings(config)
+    problems += [f"{name} is not supported here" for name in adapter.others]
+    if problems:
+        raise ValueError(f"{where} cannot be merged: {listed(problems)}.")
     if not (adapter.modules or adapter.replaced):
         raise ValueError(f"{where} changes nothing.")
 

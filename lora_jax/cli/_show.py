@@ -20,6 +20,12 @@ def by(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """Joins problems or names into one line, the first `most` in full."""
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key of a dotted name: numbers by value, so that layer 10 follows layer 9."""
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in name.split(".")]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_jax.cli import _lowrank
 from lora_jax.cli._adapter import LowRank
-from lora_jax.cli._base import Base
 from lora_jax.cli._edits import Change
+from lora_torch import products
+from lora_torch.hf_checkpoint import Checkpoint
 
 HEADS = ("lm_head", "embed_out", "decoder")
 # Parts of architecture names that have a head over the vocabulary; other classes tie nothing.
@@ -45,7 +45,7 @@ def is_head(name: str) -> bool:
     return pieces[-1] == "weight" and len(pieces) > 1 and pieces[-2] in HEADS
 
 
-def touches_vocabulary(name: str, change: Change, base: Base) -> bool:
+def touches_vocabulary(name: str, change: Change, base: Checkpoint) -> bool:
     """Whether a change may be one to the embedding or the head of a language model."""
     full, factors, _ = change
     embedding = factors is not None and factors.kind == "embedding"
@@ -58,16 +58,16 @@ def touches_vocabulary(name: str, change: Change, base: Base) -> bool:
     return is_head(name) or words in rows
 
 
-def vocabulary_size(base: Base) -> int | None:
+def vocabulary_size(base: Checkpoint) -> int | None:
     return base.config.get("vocab_size", _text_config(base).get("vocab_size"))
 
 
-def _text_config(base: Base) -> Mapping:
+def _text_config(base: Checkpoint) -> Mapping:
     inner = base.config.get("text_config")  # of models that see images, too
     return inner if isinstance(inner, dict) else {}
 
 
-def find_tie(base: Base) -> Tie | None:
+def find_tie(base: Checkpoint) -> Tie | None:
     """The tied vocabulary table of a base, or None if the head is a tensor of its own or there is no head.
 
     `tie_word_embeddings` decides where config.json has it. transformers leaves it out where it equals the
@@ -100,7 +100,7 @@ def find_tie(base: Base) -> Tie | None:
     return Tie(tables[0], head)
 
 
-def settle(tie: Tie, base: Base, changes: Mapping[str, Change], untie: bool) -> Settled:
+def settle(tie: Tie, base: Checkpoint, changes: Mapping[str, Change], untie: bool) -> Settled:
     """Makes one table of equal changes to both sides, or plans two.
 
     **Raises:** `ValueError` if the sides differ and `untie` is not asked for, or the head has no known name.
@@ -124,7 +124,7 @@ def settle(tie: Tie, base: Base, changes: Mapping[str, Change], untie: bool) -> 
     return Settled(out, True, named or tie.stored_head or _head_name(tie, base))
 
 
-def _head_name(tie: Tie, base: Base) -> str:
+def _head_name(tie: Tie, base: Checkpoint) -> str:
     architectures = base.config.get("architectures") or []
     if any("CausalLM" in name or "LMHead" in name for name in architectures):
         return "lm_head.weight"
@@ -134,7 +134,7 @@ def _head_name(tie: Tie, base: Base) -> str:
     )
 
 
-def _agree(table: Change | None, head: Change | None, base: Base, tie: Tie) -> bool:
+def _agree(table: Change | None, head: Change | None, base: Checkpoint, tie: Tie) -> bool:
     """Whether both sides end up equal, to float32 rounding."""
     if table is None or head is None:
         return False
@@ -153,4 +153,4 @@ def _same_update(embedding: LowRank | None, head: LowRank | None) -> bool:
     if b1.shape[0] != a2.shape[1] or a1.shape[1] != b2.shape[0]:
         return False
     size = max(embedding.norm(), head.norm())
-    return _lowrank.distance(embedding.scaling * b1, a1, head.scaling * a2.T, b2.T) <= 1e-6 * size
+    return products.distance(embedding.scaling * b1, a1, head.scaling * a2.T, b2.T) <= 1e-6 * size

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli import _lowrank
 from lora_jax.cli._adapter import Adapter, LowRank, read_adapter
 from lora_jax.cli._show import console, finite, natural
+from lora_torch import products
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def module_diff(name: str, one: LowRank, two: LowRank) -> ModuleDiff:
         return ModuleDiff(name, one.rank, two.rank, norm1, norm2, math.nan, math.nan, note)
     (b1, a1), (b2, a2) = one.matrices(), two.matrices()
     b1, b2 = one.scaling * b1, two.scaling * b2
-    cosine = _ratio(_lowrank.inner(b1, a1, b2, a2), norm1 * norm2, empty=math.nan)
-    gap = _lowrank.distance(b1, a1, b2, a2)
+    cosine = _ratio(products.inner(b1, a1, b2, a2), norm1 * norm2, empty=math.nan)
+    gap = products.distance(b1, a1, b2, a2)
     relative = _ratio(gap, norm1, empty=0.0 if gap == 0 else math.inf)
     return ModuleDiff(name, one.rank, two.rank, norm1, norm2, cosine, relative)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 
 from lora_jax.cli.training.loop import held_out
-from lora_jax.cli.training.opened import open_job
+from lora_jax.cli.training.opened import open_job, refuse_fresh
 from lora_jax.cli.training.show import show_results
 
 
@@ -13,11 +13,12 @@ def evaluate(source: str, *, adapter: str | None = None, step: int | None = None
     """Measure a model with and without its adapter on the held-out rows of its configuration.
 
     Args:
-        source: A run directory of lora-jax train, or a YAML file of its options.
+        source: A run directory of lora-jax train, or a YAML file of its options with --adapter.
         adapter: A PEFT directory to use instead of the run's newest checkpoint.
         step: Use the checkpoint of this step.
         json: Print JSON instead of a table.
     """
+    refuse_fresh(source, adapter)
     config, job, learner = open_job(source, adapter=adapter, step=step)
     results = {
         name: held_out(job, learner, config.data.batch_size, adapted=adapted)

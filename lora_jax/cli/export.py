@@ -14,7 +14,7 @@ def export(
     source: str,
     out_dir: str,
     *,
-    target: Literal["peft", "vllm", "gguf"] = "peft",
+    target: Literal["peft", "vllm", "gguf"] | None = None,
     model: str | None = None,
     step: int | None = None,
     base_model_name_or_path: str | None = None,
@@ -25,7 +25,7 @@ def export(
     Args:
         source: A run directory, a checkpoint of an adapter, or a PEFT directory.
         out_dir: The directory to write; it must not exist yet.
-        target: Who will read the PEFT directory.
+        target: Who will read the PEFT directory; peft if null.
         model: For a PEFT directory, the run or YAML file whose model it adapts.
         step: For a run, the checkpoint of this step; the newest if null.
         base_model_name_or_path: What the PEFT directory calls its base; for a run, the run's own.
@@ -35,14 +35,23 @@ def export(
     if out.exists():
         raise ValueError(f"{out} exists already; name a new directory, nothing is overwritten.")
     path = Path(source)
+    names = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     if (path / "adapter_config.json").is_file():
+        _refuse(f"{source} is a PEFT directory and becomes a checkpoint", target=target, step=step, **names)
         _from_peft(source, out, model)
     elif (path / "config.yaml").is_file():
-        _from_run(source, out, target, step, base_model_name_or_path, task_type)
+        _refuse(f"{source} is a run, which knows its model", model=model)
+        _from_run(source, out, target or "peft", step, base_model_name_or_path, task_type)
     else:
-        names: dict[str, Any] = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-        _from_checkpoint(path, out, target, names)
+        _refuse(f"{source} is one checkpoint, whose adapter needs no model", model=model, step=step)
+        _from_checkpoint(path, out, target or "peft", names)
     console().print(f"wrote {out}")
+
+
+def _refuse(why: str, **options: Any) -> None:
+    """**Raises** `ValueError` for options that would have no effect."""
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise ValueError(f"{why}: {', '.join(given)} would have no effect here, leave it out.")
 
 
 def _from_peft(source: str, out: Path, model: str | None) -> None:

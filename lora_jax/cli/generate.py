@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_jax.cli._show import console
-from lora_jax.cli.training.opened import open_base
+from lora_jax.cli.training.opened import open_base, refuse_fresh
 from lora_jax.cli.training.sample import Sampler
 
 
@@ -21,7 +21,8 @@ def generate(
     """Continue a text with a language model and its adapter.
 
     Args:
-        source: A run directory of lora-jax train, or a YAML file of its options (task causal-lm).
+        source: A run directory of lora-jax train, or a YAML file of its options with --adapter or
+            --base (task causal-lm).
         prompt: The text to continue; that of the configuration if null.
         tokens: How many tokens to add at most.
         temperature: 0 always takes the likeliest token; 1 samples from the model's own distribution.
@@ -30,6 +31,10 @@ def generate(
         step: Use the checkpoint of this step.
         base: Leave the adapter out.
     """
+    if tokens < 1:
+        raise ValueError(f"--tokens {tokens}: it must be at least 1.")
+    if not base:
+        refuse_fresh(source, adapter)
     config, model, learner = open_base(source, adapter=adapter, step=step)
     if config.task != "causal-lm":
         raise ValueError(f"{source} is a run of task={config.task}; only task=causal-lm generates text.")

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli import _lowrank
 from lora_jax.cli._adapter import Adapter, LowRank, read_adapter
 from lora_jax.cli._heat_map import write_heat_map
 from lora_jax.cli._show import by, console, finite, natural
+from lora_torch import products
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def inspect(adapter_dir: str, *, top: int = 3, json: bool = False, png: str | No
 def module_stats(name: str, factors: LowRank) -> ModuleStats:
     """Norms and singular values of one module's update, from r x r matrices: B A is never formed."""
     b, a = factors.matrices()
-    values = abs(factors.scaling) * _lowrank.singular_values(b, a)
+    values = abs(factors.scaling) * products.singular_values(b, a)
     parameters = factors.a.size + factors.b.size + (0 if factors.bias is None else factors.bias.size)
     return ModuleStats(
         name,
@@ -77,7 +77,7 @@ def module_stats(name: str, factors: LowRank) -> ModuleStats:
         float(np.linalg.norm(factors.b.astype(np.float64))),
         factors.norm(),
         tuple(map(float, values)),
-        _lowrank.effective_rank(values),
+        products.effective_rank(values),
         parameters,
     )
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.cli._adapter import read_adapter
-from lora_jax.cli._base import copy_other_files, open_base, parse_size, write_json, write_shards
 from lora_jax.cli._plan import plan_merge
+from lora_jax.cli._shards import copy_other_files, parse_size, write_json, write_shards
+from lora_torch.hf_checkpoint import open_checkpoint
 
 
 @dataclass
@@ -86,7 +87,7 @@ def merge_directories(
     **Raises:** `ValueError` or `OSError` for anything that would make the result differ from the adapted model.
     """
     _check_out(base_dir, adapter_dir, out_dir)
-    adapter, base = read_adapter(adapter_dir), open_base(base_dir)
+    adapter, base = read_adapter(adapter_dir), open_checkpoint(base_dir)
     plan = plan_merge(adapter, base, untie, partial)
     report = Report(len(adapter.modules), sorted(plan.edits))
     squares = np.zeros(2)

@@ -211,7 +211,7 @@ class Fused:
         self, block: Block, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any = None
     ) -> tuple[Any, Any, Any]:
         h = jnp.moveaxis(h, 0, -1) if self._layout[0] else h
-        return plain.backward(self.spec, dy, x, w, a, b, h[..., : b.shape[0]], seed, wants, x.dtype, block)
+        return plain.backward(self.spec, dy, x, w, a, b, h[..., : b.shape[0]], seed, wants, block)
 
 
 def _block(split: Split, axes: Axes, x: Any) -> Block:

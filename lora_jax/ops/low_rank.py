@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax import _compat
@@ -48,20 +49,32 @@ def low_rank_contract(
 
     `implementation`: see `choice.choose`. `name`: of the weight, for messages.
 
-    **Raises:** `ValueError` for an unknown `implementation`, or one that can't run, with the reason.
+    **Raises:** `ValueError` for an unknown `implementation`, or one that can't run, with the reason; `TypeError` in
+    forward mode.
     """
     sizes = axis_sizes((spec.x, x.shape), (spec.w, w.shape), (spec.first, first.shape), (spec.second, second.shape))
     seed = None if key is None or spec.dropout_rate == 0 else seed_words(key)
     choice = choose(spec, sizes, x, w, implementation, dropped=seed is not None, name=name)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
-    operands = _compat.vary_alike(x, w, first, second, jnp.asarray(scale, wide(x.dtype)))
+    # A number stays one of numpy's: as an array of jax it would be an operation of its own at every site.
+    factor = scale if isinstance(scale, jax.Array) else np.asarray(scale)
+    operands = _compat.vary_alike(x, w, first, second, factor.astype(wide(x.dtype)))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     fused = None
     if choice.matrices is not None:
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
-    return _traced_once(_Product(spec, fused), *operands, seed)
+    try:
+        return _traced_once(_Product(spec, fused), *operands, seed)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "the low-rank product has a reverse-mode derivative only, and this is forward mode (`jax.jvp`, "
+            "`jax.jacfwd`): use `jax.grad`, `jax.vjp` or `jax.jacrev`, or differentiate the model at "
+            "`lora_jax.merge(params, adapter)`, which is the same function."
+        ) from error
 
 
 def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array:
@@ -88,17 +101,14 @@ class _Product:
         return y.reshape(_shape(spec.y, (spec.x, x), (spec.w, w))), h
 
     def backward(
-        self, dy: Any, x: Any, w: Any, first: Any, up: Any, h: Any, seed: Any, wants: Wants, x_dtype: Any
+        self, dy: Any, x: Any, w: Any, first: Any, up: Any, h: Any, seed: Any, wants: Wants
     ) -> tuple[Any, Any, Any]:
         """Gradients of `x`, `first` and `up`, the last two in the wide dtype."""
         spec, fused = self.spec, self.fused
         if fused is None:
-            return plain.backward(spec, dy, x, w, first, up, h, seed, wants, x_dtype)
+            return plain.backward(spec, dy, x, w, first, up, h, seed, wants)
         a, b = self._factors(first, up)
-        # Where no gradient needs `x` its place is held by zeros that nobody reads.
-        short_x = jnp.zeros(fused.matrices.shape(fused.x), fused.dtype) if x is None else _short(x)
-        short_dy = _order(dy, spec.y, fused.y)
-        dx, da, db = fused.backward(short_dy, short_x, _short(w), a, b, h, seed, wants)
+        dx, da, db = fused.backward(_order(dy, spec.y, fused.y), _short(x), _short(w), a, b, h, seed, wants)
         inner, outer = fused.matrices.inner, fused.matrices.outer
         if dx is not None:
             dx = _laid_out(dx.reshape(_shape(spec.x, (spec.y, dy), (spec.w, w))), spec.x_sharding)
@@ -157,33 +167,29 @@ def _fwd(product, x, w, first, second, scale, seed):
     up = scaled(second.value, scale.value, compute_dtype(x.value))
     seed = None if seed is None else seed.value
     y, h = product.forward(x.value, w.value, first.value, up, seed)
-    # The structure of the residuals (None or not) tells the backward pass which gradients are wanted.
-    wants = {
-        "x": () if x.perturbed else None,
-        "w": () if w.perturbed else None,
-        "first": () if first.perturbed else None,
-        "second": () if second.perturbed or scale.perturbed else None,
-    }
-    keeps_x = w.perturbed or first.perturbed
-    residuals = (x.value if keeps_x else None, w.value, first.value, second.value, scale.value, seed, h)
-    return y, (residuals, wants, jnp.zeros((), x.value.dtype))
+    # Which gradients are wanted, and x's dtype, told by a shape and not by structure or by leaving residuals out: JAX
+    # keeps one structure for an equation, that of the last time it was differentiated, by whichever arguments.
+    wanted = (x.perturbed, w.perturbed, first.perturbed, second.perturbed or scale.perturbed)
+    flags = jnp.zeros(tuple(map(int, wanted)), x.value.dtype)
+    return y, (x.value, w.value, first.value, second.value, scale.value, seed, h, flags)
 
 
 def _bwd(product, saved, dy):
-    (x, w, first, second, scale, seed, h), wanted, like_x = saved
+    x, w, first, second, scale, seed, h, flags = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None, None
-    wants = Wants(*(wanted[name] is not None for name in ("x", "first", "second")))
-    up = scaled(second, scale, compute_dtype(like_x))
+    of_x, of_w, of_first, of_second = map(bool, flags.shape)
+    wants = Wants(of_x, of_first, of_second)
+    up = scaled(second, scale, compute_dtype(x))
     dx = dw = dfirst = dsecond = dscale = None
     if any(wants):
-        dx, dfirst, dup = product.backward(dy, x, w, first, up, h, seed, wants, like_x.dtype)
+        dx, dfirst, dup = product.backward(dy, x, w, first, up, h, seed, wants)
         if dfirst is not None:
             dfirst = dfirst.astype(first.dtype)
         if dup is not None:
             dsecond = (dup * scale.astype(dup.dtype)).astype(second.dtype)
             dscale = (dup * second.astype(dup.dtype)).sum().astype(scale.dtype)
-    if wanted["w"] is not None:
+    if of_w:
         dw = plain.weight_gradient(product.spec, x, w, dy)
     return dx, dw, dfirst, dsecond, dscale, None
 

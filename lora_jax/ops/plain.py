@@ -59,10 +59,10 @@ def forward(
 
 
 def backward(
-    spec: Contraction, dy: jax.Array, x: jax.Array | None, w: jax.Array, first: jax.Array, up: jax.Array,
-    h: jax.Array, seed: jax.Array | None, wants: Wants, x_dtype: Any, block: Block | None = None,
+    spec: Contraction, dy: jax.Array, x: jax.Array, w: jax.Array, first: jax.Array, up: jax.Array,
+    h: jax.Array, seed: jax.Array | None, wants: Wants, block: Block | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:  # fmt: skip
-    """Gradients of `x` in its dtype, of `first` and `up` in the wide one. No `x` is needed where not `first`'s is."""
+    """Gradients of `x` in its dtype, of `first` and `up` in the wide one."""
     dtype = h.dtype
     low = dy.astype(dtype)
     like = functools.partial(gradient_sharding, dy=dy)
@@ -74,15 +74,14 @@ def backward(
         g = _rescaled(spec, g, seed).astype(dtype)
     if wants.x:
         kind = {
-            "preferred_element_type": jnp.promote_types(dy.dtype, x_dtype),
+            "preferred_element_type": jnp.promote_types(dy.dtype, x.dtype),
             "out_sharding": spec.x_sharding or _everywhere(dy),
         }
         through_base = pair(dy, spec.y, w, spec.w, spec.x, **kind)
         through_low = pair(g, spec.h, first.astype(dtype), spec.first, spec.x, **kind)
         # Linear in its input and with the mask of the forward pass, dropout is its own transpose.
-        dx = (through_base + _drop(spec, through_low, seed, block)).astype(x_dtype)
+        dx = (through_base + _drop(spec, through_low, seed, block)).astype(x.dtype)
     if wants.a:
-        assert x is not None
         dropped = _drop(spec, x.astype(dtype), seed, block)
         dfirst = pair(
             dropped, spec.x, g, spec.h, spec.first, preferred_element_type=wide(dtype), out_sharding=like(first)

@@ -20,8 +20,7 @@ def dot_general(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | N
         return None
     w, x = (lhs, rhs) if is_virtual(lhs) else (rhs, lhs)
     dot = name_axes(eqn, w, w is lhs)
-    with eqn.ctx.manager:
-        y = w.kind.dot_general(w, x, dot, interpreter.key_for(w), eqn)
+    y = w.kind.dot_general(w, x, dot, interpreter.key_for(w), eqn)
     return None if y is None else [y]
 
 

@@ -21,6 +21,7 @@ from lora_jax.weights.virtual import is_virtual
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def custom_derivative(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(_compat.call_jaxpr(eqn.params))
+    ins = [x.kind.undropped(x) if is_virtual(x) else x for x in ins]
     if any(is_virtual(x) and x.kind.watches for x in ins):  # nothing is differentiated
         outs = interpreter.nested().run(jaxpr, consts, ins)
         return [y.kind.seen_formed(y, "output") if is_virtual(y) else y for y in outs]
@@ -39,4 +40,4 @@ def custom_derivative(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[An
         return jax.vjp(own, values)[1](cotangents)
 
     function.defvjp(forward, backward)
-    return function([x.replace(key=None) if is_virtual(x) else x for x in ins])
+    return function(list(ins))

@@ -26,14 +26,20 @@ def _only_first(ins: Sequence[Any]) -> bool:
     "name",
     "sharding_constraint",
     "layout_constraint",
-    "mesh_cast",
-    "reshard",
     "pvary",
     "pcast",
 )
 def same_shape(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     """Identities on values: the base goes through, the factors have nothing to follow."""
     return [ins[0].replace(base=_compat.bind(eqn, [ins[0].base])[0])] if len(ins) == 1 else None
+
+
+@rule("reshard", "mesh_cast")
+def reshard(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
+    """Another split of the base. Factors follow only onto another kind of mesh (`auto_axes`), whole on each device."""
+    w = ins[0]
+    base = _compat.bind(eqn, [w.base])[0]
+    return [w.replace(base=base, factors={n: _compat.on_mesh_of(f, base) for n, f in w.factors.items()})]
 
 
 @rule("optimization_barrier")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax import _compat
 from lora_jax.ops.contract import contract, reorder
 from lora_jax.ops.low_rank import scaled
 from lora_jax.weights.virtual import Dims
@@ -44,6 +45,8 @@ def low_rank_conv(
     shape = list(eqn.invars[1].aval.shape)
     shape[out_dim] = rank
     kernel = reorder(a[0], a[1], order).reshape(shape).astype(x.dtype)
+    if _compat.explicit_sharding(x):  # else the derivative by a factor that was never placed on the mesh is refused
+        kernel = _compat.on_mesh_of(kernel, x)
     if groups > 1:
         kernel = jnp.concatenate([kernel] * groups, axis=out_dim)
     wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -76,10 +76,10 @@ class Lora:
             out_sharding=dot.out_sharding,
         )  # fmt: skip
         y = low_rank_contract(
-            spec, x.reshape(dot.split_x), w.base.reshape(dot.split_w), first[0], second[0],
+            spec, _shaped(x, dot.split_x), _shaped(w.base, dot.split_w), first[0], second[0],
             self.site.scale, key, self.implementation, self.name,
         )  # fmt: skip
-        return y.reshape(dot.out_shape)
+        return _shaped(y, dot.out_shape)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
@@ -148,9 +148,17 @@ class Lora:
         """The gradient of base and factors was stopped on the way; nothing else changes."""
         return w
 
+    def undropped(self, w: Virtual) -> Virtual:
+        return w.replace(key=None)
+
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
         """Once formed, the weight is an array like any other."""
         return outs
+
+
+def _shaped(x: Any, shape: tuple[int, ...]) -> Any:
+    """`x.reshape(shape)`, which would trace a function even where there is nothing to do."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def lora_weight(site: Site, base: Any, a: Any, b: Any, key: Any = None, **settings: Any) -> Virtual:

@@ -47,6 +47,15 @@ class Dense:
     lookup: bool = False
 
 
+@dataclass(frozen=True)
+class Drop:
+    """One product whose input dropout acts on; `picked` are the weight's axes that indices picked from before it."""
+
+    op: str
+    roles: tuple[tuple[Atom, str], ...]
+    picked: frozenset[int]
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """That a view of a parameter became a part of a larger array, each dimension lying along the same one of it."""
@@ -81,7 +90,8 @@ class Part:
 class Record:
     """What one abstract run saw of one parameter: `stopped` are the uses behind a `stop_gradient`.
 
-    `parts`: the larger arrays that the parameter was made a part of.
+    `parts`: the larger arrays that the parameter was made a part of. `drops`: where dropout acts; `ruled`: whether
+    a function with a derivative rule of its own, in which there is none, uses the parameter.
     """
 
     path: tuple[str, ...]
@@ -89,6 +99,8 @@ class Record:
     stopped: dict[Use, None] = field(default_factory=dict)
     dense: dict[Dense, None] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    drops: dict[Drop, None] = field(default_factory=dict)
+    ruled: bool = False
 
     def all_uses(self, stopped: bool) -> list[Use]:
         """The uses by itself, then those as a part of something."""
@@ -101,12 +113,13 @@ class Probe:
     """Kind of a parameter under observation; `record` is compared by identity.
 
     `is_formed`: this is a function of the weight, which has been noted as formed in full already.
-    `is_stopped`: no gradient flows back from here.
+    `is_stopped`: no gradient flows back from here. `is_ruled`: inside a function with a derivative rule of its own.
     """
 
     record: Record
     is_formed: bool = False
     is_stopped: bool = False
+    is_ruled: bool = False
 
     @property
     def name(self) -> str:
@@ -138,7 +151,7 @@ class Probe:
             self.seen_dense(w, "dot_general")  # a row of a table used as an activation
         else:
             roles = {**dict.fromkeys(summed, "i"), **dict.fromkeys(kept, "o"), **dict.fromkeys(batch, "l")}
-            self._add("experts" if batch else "linear", w, roles)
+            self._add("experts" if batch else "linear", w, roles, drops=not dot.needs_array)
             if dot.needs_array:
                 self.seen_dense(w, "dot_general")
         return _result(eqn)
@@ -150,11 +163,12 @@ class Probe:
         roles = {atom: "o" if d == spec[0] else "i" for d, dim in enumerate(w.dims) for atom in dim}
         whole = all(len(dim) == 1 and dim[0].stride == 1 for dim in w.dims)
         axes = tuple(w.dims[d][0].axis for d in spec) if whole else None
-        self._add("conv", w, roles, kernel_spec=axes, groups=eqn.params["feature_group_count"])
+        self._add("conv", w, roles, drops=True, kernel_spec=axes, groups=eqn.params["feature_group_count"])
         return _result(eqn)
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
-        self._add("experts", w, {atom: role for dim, role in zip(w.dims, "lio", strict=True) for atom in dim})
+        roles = {atom: role for dim, role in zip(w.dims, "lio", strict=True) for atom in dim}
+        self._add("experts", w, roles, drops=True)
         return _result(eqn)
 
     def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> Virtual:
@@ -169,6 +183,9 @@ class Probe:
 
     def stopped(self, w: Virtual) -> Virtual:
         return w.replace(kind=replace(self, is_stopped=True))
+
+    def undropped(self, w: Virtual) -> Virtual:
+        return w.replace(kind=replace(self, is_ruled=True))
 
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
         """Keeps watching a weight through an elementwise function of it: its axes still mean the same.
@@ -196,10 +213,14 @@ class Probe:
     def _indexed(self, w: Virtual) -> list[Atom]:
         return [atom for atom, how in w.dropped if how == "pick" and atom.axis >= 0 and atom.size > 1]
 
-    def _add(self, op: str, w: Virtual, roles: dict[Atom, str], **details: Any) -> None:
-        roles = {**{atom: "l" for atom, _ in w.dropped if atom.axis >= 0}, **roles}
-        uses = self.record.stopped if self.is_stopped else self.record.uses
-        uses[Use(op, tuple(sorted(roles.items())), **details)] = None
+    def _add(self, op: str, w: Virtual, roles: dict[Atom, str], drops: bool = False, **details: Any) -> None:
+        every = {**{atom: "l" for atom, _ in w.dropped if atom.axis >= 0}, **roles}
+        use = Use(op, tuple(sorted(every.items())), **details)
+        (self.record.stopped if self.is_stopped else self.record.uses)[use] = None
+        if self.is_ruled:
+            self.record.ruled = True
+        elif drops and not self.is_formed:
+            self.record.drops[Drop(op, use.roles, frozenset(atom.axis for atom in self._indexed(w)))] = None
 
 
 def _result(eqn: Any) -> jax.Array:

@@ -80,6 +80,10 @@ class Kind(Protocol):
 
     def stopped(self, w: Virtual) -> Virtual: ...
 
+    def undropped(self, w: Virtual) -> Virtual:
+        """`w` without dropout."""
+        ...
+
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]: ...
 
 

@@ -117,4 +117,4 @@ def test_refuses_what_inspect_refuses(tmp_path, capsys):
     good = write(tmp_path / "1", pair(rng, "l.0.q"))
     bad = write(tmp_path / "2", pair(rng, "l.0.k"))
     assert main(["diff", good, bad]) == 2
-    assert "l.0.k.lora_A.weight does not belong" in capsys.readouterr().err
+    assert "l.0.k has factors, but the configuration does not target it" in capsys.readouterr().err

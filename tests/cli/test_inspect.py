@@ -180,6 +180,11 @@ def _config(**changes):
     return change
 
 
+def _config_twice(d):
+    path = d / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r":', '"r": 3, "r":'))
+
+
 def _tensors(edit):
     def change(d):
         tensors = load_file(d / "adapter_model.safetensors")
@@ -198,34 +203,39 @@ BAD = {
     "no config": (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json"),
     "bad JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "not valid JSON"),
     "a list": (lambda d: (d / "adapter_config.json").write_text("[]"), "not an object"),
+    "a key twice": (_config_twice, "it has 'r' twice"),
+    "no flag": (_config(use_dora="false"), "`use_dora` must be true or false"),
     "IA3": (_config(peft_type="IA3"), "'IA3'"),
     "experts": (_config(target_parameters=["experts.w"]), "target_parameters"),
     "alpha": (_config(lora_alpha="big"), "lora_alpha"),
     "rank": (_config(r=0), "positive"),
-    "other rank": (_config(r=5), "rank 4, but the configuration says 5"),
+    "other rank": (_config(r=5), "m.0.q: the tensors have rank 4, the configuration says 5"),
     "bad regex": (_config(target_modules="(q"), "regular expression"),
     "bad pattern": (_config(alpha_pattern={"*q": 2}), "regular expression"),
-    "target": (_config(target_modules=["k"]), "does not belong"),
+    "target": (_config(target_modules=["k"]), "m.0.q has factors, but the configuration does not target it"),
     "dora without magnitude": (_config(use_dora=True), "no lora_magnitude_vector"),
     "no B": (_tensors(lambda t: t.pop(P + "m.0.q.lora_B.weight")), "m.0.q has lora_A but no lora_B"),
     "unknown": (
         _tensors(lambda t: t.update({P + "m.0.q.lora_C.weight": np.ones(1)})),
-        "m.0.q.lora_C.weight has no role",
+        "m.0.q.lora_C.weight (1,) would overwrite a base tensor",
     ),
-    "stray base": (_tensors(lambda t: t.update({P + "lm_head.weight": np.ones(1)})), "lm_head.weight has no role"),
-    "stray bias": (_tensors(lambda t: t.update({P + "m.0.q.bias": np.ones(1)})), "m.0.q.bias has no role"),
+    "stray base": (
+        _tensors(lambda t: t.update({P + "lm_head.weight": np.ones(1)})),
+        "lm_head.weight (1,) would",
+    ),
+    "stray bias": (_tensors(lambda t: t.update({P + "m.0.q.bias": np.ones(1)})), "m.0.q.bias (1,) would overwrite"),
     "prefix": (_tensors(lambda t: t.update({"x.lora_A.weight": np.ones((4, 2))})), "does not start with"),
     "adapter name": (
         _tensors(lambda t: t.update({P + "m.0.q.lora_A.default.weight": np.ones((4, 2))})),
-        "lora_A.default.weight has no role",
+        "lora_A.default.weight (4, 2) would overwrite",
     ),
     "ranks": (
         _tensors(lambda t: t.update({P + "m.0.q.lora_B.weight": np.ones((12, 3), np.float32)})),
-        "A (4, 10) and B (12, 3)",
+        "lora_A (4, 10), lora_B (12, 3) do not agree on a rank",
     ),
     "dimensions": (
         _tensors(lambda t: t.update({P + "m.0.q.lora_B.weight": np.ones((12, 4, 3), np.float32)})),
-        "B (12, 4, 3)",
+        "lora_B (12, 4, 3) are no factors",
     ),
     "integers": (_tensors(lambda t: t.update({P + "m.0.q.lora_B.weight": np.ones((12, 4), int)})), "I64"),
     "empty": (_tensors(lambda t: t.clear()), "no tensors"),

@@ -156,7 +156,7 @@ def test_our_own_faults_keep_their_traceback(command):
 
 def test_traceback_on_request(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_JAX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="adapter_config"):
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
         main(["inspect", str(tmp_path)])
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
-from lora_jax.cli._base import parse_size
+from lora_jax.cli._shards import parse_size
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -443,8 +443,14 @@ def _eighth_precision_base(d):
 BAD = {
     "truncated adapter": (_truncate(ADAPTER), "damaged"),
     "truncated shard": (_truncate("base/model-00003-*.safetensors"), "damaged"),
-    "unknown key": (_adapter(lambda t: t.update({P + "model.layers.0.x": np.ones(3)})), "no role"),
-    "stray base tensor": (_adapter(lambda t: t.update({P + "lm_head.weight": np.ones((48, 32))})), "no role"),
+    "unknown key": (
+        _adapter(lambda t: t.update({P + "model.layers.0.x": np.ones(3)})),
+        "0.x (3,) would overwrite",
+    ),
+    "stray base tensor": (
+        _adapter(lambda t: t.update({P + "lm_head.weight": np.ones((48, 32))})),
+        "(48, 32) would",
+    ),
     "no B": (_adapter(lambda t: t.pop(Q1 + ".lora_B.weight")), "no lora_B"),
     "module without factors": (
         _adapter(lambda t: [t.pop(f"{Q1}.lora_{x}.weight") for x in "AB"]),
@@ -454,7 +460,7 @@ BAD = {
         _adapter(lambda t: t.update({Q1 + ".lora_A.weight": np.ones((4, 31), np.float32)})),
         "is (32, 32) in the base, but A (4, 31) and B (32, 4) make (32, 31)",
     ),
-    "transposed": (_adapter(lambda t: t.update({Q1 + ".lora_A.weight": t[Q1 + ".lora_A.weight"].T})), "ranks"),
+    "transposed": (_adapter(lambda t: t.update({Q1 + ".lora_A.weight": t[Q1 + ".lora_A.weight"].T})), "on a rank"),
     "NaN, met in a later shard": (_adapter(_nan), "not finite"),
     "unknown layer": (
         _adapter(

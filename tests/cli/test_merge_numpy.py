@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
-from lora_jax.cli._base import parse_size, plan_shards
+from lora_jax.cli._shards import parse_size, plan_shards
 from lora_jax.cli.merge import merge_directories
 
 

@@ -85,7 +85,7 @@ def test_misspelt_names_are_refused(capsys, tmp_path):
         (["--model.front_end", "nnx"], "nnx is for task=causal-lm"),
         (["--lora.rank", "0"], "`rank=0` must be a positive whole number"),
         (["--task", "translation"], "translation"),
-        (["--model.path", "nowhere"], "nowhere/config.json does not exist"),
+        (["--model.path", "nowhere"], "nowhere is not a Hugging Face model directory"),
     ],
 )
 def test_impossible_options_are_one_line(words, told, capsys, tmp_path, monkeypatch):

@@ -278,3 +278,58 @@ def test_what_does_not_fit_is_refused(setup):
         lj.apply(fn, plan, implementation="gpu")
     with pytest.raises(TypeError, match="`config` must be a LoRAConfig, got dict"):
         lj.plan(fn, params, X, config={"rank": 3})  # type: ignore[arg-type]
+
+
+def test_derivatives_by_other_arguments_do_not_disturb_each_other(setup):
+    """JAX keeps one residual structure for a traced product, whichever arguments it was differentiated by last."""
+    params, plan, adapter, _ = setup
+    adapted = lj.apply(fn, plan)
+
+    def by_adapter(a):
+        return adapted(params, a, X).sum()
+
+    jax.clear_caches()
+    want = jax.tree.map(np.asarray, jax.grad(by_adapter)(adapter))
+    jax.clear_caches()
+    _, linear = jax.linearize(by_adapter, adapter)
+    jax.grad(lambda x: adapted(params, adapter, x).sum())(X)
+    got = jax.vjp(by_adapter, adapter)[1](jnp.ones(()))[0]
+    jax.tree.map(lambda y, w: np.testing.assert_allclose(y, w, rtol=1e-5, atol=1e-5), got, want)
+    assert all(np.any(np.abs(w) > 0.1) for w in jax.tree.leaves(want))
+
+
+def test_second_derivatives(setup):
+    """Gradients of gradients, against those of the explicitly merged function."""
+    params, plan, adapter, _ = setup
+    adapted = lj.apply(fn, plan)
+    direction = random_adapter(plan, np.float32, seed=9)
+
+    def explicit(a):
+        merged = {
+            s.path: params[s.path[0]]["kernel"] + s.scale * jnp.matmul(*a.factors(s), precision="highest")
+            for s in plan.sites
+        }
+        return fn({name: {"kernel": merged[name, "kernel"]} for name in params}, X)
+
+    def second(call):
+        def slope(a):
+            grads = jax.grad(lambda a: (call(a) ** 2).sum())(a)
+            return sum((g * d).sum() for g, d in zip(*map(jax.tree.leaves, (grads, direction)), strict=True))
+
+        return jax.jit(jax.grad(slope))(adapter)
+
+    got, want = second(lambda a: adapted(params, a, X)), second(explicit)
+    for y, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        bound = 1024 * reference.unit_roundoff(np.float32) * np.abs(w).max()
+        assert (
+            reference.excess(y, np.asarray(w, np.float64), bound) <= 1 < reference.excess(2 * y, np.asarray(w), bound)
+        )
+
+
+@pytest.mark.parametrize("forward", ["jvp", "jacfwd"])
+def test_forward_mode_is_refused(setup, forward):
+    params, plan, adapter, _ = setup
+    adapted = lj.apply(fn, plan)
+    run = {"jvp": lambda f: jax.jvp(f, (X,), (X,)), "jacfwd": lambda f: jax.jacfwd(f)(X)}[forward]
+    with pytest.raises(TypeError, match="low-rank product has a reverse-mode derivative only"):
+        run(lambda x: adapted(params, adapter, x))

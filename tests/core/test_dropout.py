@@ -301,25 +301,6 @@ def test_every_kind_of_product_drops_its_input(name):
     assert np.max(np.abs((1 - RATE) * draws.mean(0) - off) / (draws.std(0) / np.sqrt(len(keys)))) > 5.5
 
 
-def test_lookups_have_no_dropout():
-    """As in PEFT: an embedding's input is an index."""
-    ids = np.array([[3, 0, 6]])
-    call, params, adapter, _ = adapted(lambda p, ids: p["w"][ids], {"w": normal(7, 5)}, ids)
-    np.testing.assert_array_equal(call(params, adapter, ids, key=KEY), call(params, adapter, ids))
-
-
-def test_none_inside_custom_derivatives():
-    """Their own rule belongs to the effective weight and knows no mask."""
-
-    @jax.custom_vjp
-    def product(x, w):
-        return x @ w
-
-    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
-    call, params, adapter, _ = adapted(lambda p, x: product(x, p["w"]), W, X)
-    np.testing.assert_array_equal(call(params, adapter, X, key=KEY), call(params, adapter, X))
-
-
 def test_the_op_and_the_helper():
     """`ops.dropout` is what `lora_dot` applies to its input."""
     x, w, a, b = (jnp.asarray(normal(*s)) for s in ((8, 6), (6, 5), (6, 2), (2, 5)))

@@ -1,6 +1,6 @@
 """Models on several devices: `shard_map` around and inside them, and meshes with explicit axes.
 
-Devices are chosen when JAX starts, so the checks run in a process of their own that sees two CPU devices.
+Devices are chosen when JAX starts, so the checks run in a process of their own that sees several CPU devices.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "case", ["inside_shard_map", "around_shard_map", "explicit_mesh", "constrained", "dropout_masks"]
-)
-def test_two_devices(case):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    code = f"from tests.core import two_devices; two_devices.{case}()"
+CASES = {
+    ("two_devices", 2): ["inside_shard_map", "around_shard_map", "explicit_mesh", "constrained", "dropout_masks"],
+    ("mixed_meshes", 4): ["partial_manual", "lookups_and_convolutions"],
+}
+
+
+@pytest.mark.parametrize("module, devices, case", [(*how, case) for how, cases in CASES.items() for case in cases])
+def test_several_devices(module, devices, case):
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    code = f"from tests.core import {module}; {module}.{case}()"
     env = {
         **os.environ,
         "XLA_FLAGS": flags,

@@ -104,10 +104,10 @@ def around_shard_map() -> None:
         got = jax.jit(jax.grad(loss))(params, adapter)
         merged = jax.tree.map(jnp.asarray, merged_params(params, adapter))
         close(got, jax.grad(lambda p, fn=fn: (fn(p, X) * MIX).sum())(merged))
-        _check_factors(plan, adapter, jax.jit(jax.grad(loss, argnums=1))(params, adapter), got)
+        check_factors(plan, adapter, jax.jit(jax.grad(loss, argnums=1))(params, adapter), got)
 
 
-def _check_factors(plan: lj.Plan, adapter: lj.Adapter, got: lj.Adapter, of_weights: Any) -> None:
+def check_factors(plan: lj.Plan, adapter: lj.Adapter, got: lj.Adapter, of_weights: Any) -> None:
     for site in plan.sites:
         want = reference.factor_gradients(site, *adapter.factors(site), np.asarray(of_weights[site.name]))
         close(got.factors(site), want)
@@ -148,7 +148,7 @@ def _compare_explicit(got: Any, adapter: lj.Adapter, plan: lj.Plan) -> None:
         merged = jax.tree.map(lambda w: jnp.asarray(np.asarray(w)), merged_params(jax.device_get(PARAMS), adapter))
         want, grads = jax.value_and_grad(lambda p, x: (mlp(p, x) * MIX).sum(), argnums=(0, 1))(merged, X)
     close((value, of_params, of_x), (want, *grads))
-    _check_factors(plan, adapter, of_adapter, grads[0])
+    check_factors(plan, adapter, of_adapter, grads[0])
 
 
 def constrained() -> None:
@@ -177,7 +177,7 @@ def constrained() -> None:
     merged = jax.tree.map(jnp.asarray, merged_params(PARAMS, adapter))
     want, of_weights = jax.value_and_grad(lambda p: (mlp(p, X) * MIX).sum())(merged)
     close((value, of_params), (want, of_weights))
-    _check_factors(plan, adapter, of_adapter, of_weights)
+    check_factors(plan, adapter, of_adapter, of_weights)
     assert abs(want - (mlp(PARAMS, X) * MIX).sum()) > 0.1
     # No device ever has more than its part of the weight.
     text = jax.jit(adapted).lower(params, adapter, x).compile().as_text()

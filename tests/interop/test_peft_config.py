@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import lora_jax as lj
 from lora_jax import LoRAConfig
 from lora_jax.peft_config import from_peft, to_peft
 from lora_jax.peft_matching import is_target, pattern_values
@@ -109,6 +112,32 @@ def test_reads_what_peft_writes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown keys `from_the_future`"):
         from_peft({**data, "from_the_future": 1})
     assert from_peft({**data, "from_the_future": 1}, strict=False) == want
+
+
+def test_sets_of_names_come_out_in_one_order() -> None:
+    """PEFT keeps targets as a set, whose order is another in every process: hosts must not differ in their plans."""
+    names = [f"module_{i}" for i in range(50)]
+    assert from_peft({**MINIMAL, "target_modules": set(names)}).target_modules == tuple(sorted(names))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_targets_that_are_excluded_are_no_targets() -> None:
+    """PEFT stores "all-linear" as full names and leaves those in that `exclude_modules` takes out again."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    model = torch.nn.ModuleDict(
+        {f"block_{i}": torch.nn.ModuleDict({k: torch.nn.Linear(2, 2) for k in "qkv"}) for i in "01"}
+    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", exclude_modules=["k"]))
+    stored = adapted.peft_config["default"].to_dict()
+    assert "block_0.k" in stored["target_modules"]
+    config = from_peft(stored)
+    assert config.target_modules == tuple(f"block_{i}.{k}" for i in "01" for k in "qv")
+    params = {f"block_{i}": {k: {"kernel": jnp.ones((2, 2))} for k in "qkv"} for i in "01"}
+    plan = lj.plan(lambda p: [jnp.ones((1, 2)) @ w for w in jax.tree.leaves(p)], params, config=config)
+    adapted_names = {
+        n.removesuffix(".lora_A") for n, _ in adapted.base_model.model.named_modules() if n.endswith("lora_A")
+    }
+    assert {site.module for site in plan.sites} == adapted_names
 
 
 MINIMAL = {"peft_type": "LORA", "target_modules": ["q_proj"]}
@@ -225,3 +254,11 @@ def test_only_what_is_used_is_written() -> None:
         "fan_in_fan_out",
         "init_lora_weights",
     }
+
+
+def test_switches_are_true_or_false() -> None:
+    with pytest.raises(TypeError, match="`use_rslora='false'`: write True or False"):
+        from_peft({**MINIMAL, "use_rslora": "false"})
+    assert not from_peft({**MINIMAL, "use_rslora": None}).use_rslora
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'` is not implemented: use one of True, 'gaussian'"):
+        from_peft({**MINIMAL, "init_lora_weights": "pissa"})

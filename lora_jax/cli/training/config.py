@@ -136,11 +136,16 @@ class TrainConfig:
             "eval_every": (self.eval_every, 1),
             "checkpoint_every": (self.checkpoint_every, 1),
             "log_every": (self.log_every, 1),
+            "optim.weight_decay": (self.optim.weight_decay, 0),
+            "optim.clip_norm": (self.optim.clip_norm, 0),
+            "sample.tokens": (self.sample.tokens, 1),
             "seed": (self.seed, 0),
         }
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
+        if not self.optim.lr > 0:
+            raise ValueError(f"optim.lr is {self.optim.lr}; it must be positive.")
         if self.resume and self.overwrite:
             raise ValueError("--resume keeps the run in output_dir and --overwrite deletes it: give one of them.")
         if self.model.front_end == "nnx" and self.task != "causal-lm":

@@ -7,6 +7,7 @@ The command line puts a task's defaults in place of `TrainConfig`'s before it re
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def task_defaults(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         value = value if equals else following
         if name == "--config" and Path(value).is_file():
-            task = _read_yaml(Path(value)).get("task", task)
+            task = str(read_yaml(Path(value)).get("task", task))
         elif name == "--task":
             task = value
     return dict(TASK_DEFAULTS.get(task, {}), **({"task": task} if task in TASK_DEFAULTS else {}))
@@ -56,13 +57,12 @@ def read_config(path: Path) -> TrainConfig:
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
-    given = _read_yaml(path)
-    parser.set_defaults(dict(TASK_DEFAULTS.get(given.get("task", "classification"), {})))
+    given = read_yaml(path)
+    parser.set_defaults(dict(TASK_DEFAULTS.get(str(given.get("task", "classification")), {})))
     try:
-        parsed = parser.parse_object(given)
-    except jsonargparse.ArgumentError as error:
+        return TrainConfig(**vars(parser.instantiate(parser.parse_object(given))))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return TrainConfig(**vars(parser.instantiate(parsed)))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -72,12 +72,26 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """`name: old -> new` for every option in which two configurations compute something different."""
-    first, second = (_flat(to_dict(c)) for c in (old, new))
+    first, second = (_flat(to_dict(with_absolute_paths(c))) for c in (old, new))
     return [
         f"{name}: {first.get(name)!r} -> {second.get(name)!r}"
         for name in sorted(first.keys() | second.keys())
         if first.get(name) != second.get(name) and name.split(".")[0] not in _MANNER
     ]
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same run, said so that it may be asked for from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else os.path.abspath(path)
+
+    return dataclasses.replace(
+        config,
+        output_dir=os.path.abspath(config.output_dir),
+        model=dataclasses.replace(config.model, path=absolute(config.model.path)),
+        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,13 +102,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. **Raises:** `ValueError` if there is none in it."""
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}; it should hold options, `name: value`.")
+    # What is left of a group whose options are all commented out.
+    if empty := [
+        name for name in ("model", "data", "lora", "optim", "sample") if name in found and found[name] is None
+    ]:
+        raise ValueError(f"{path}: `{empty[0]}` is empty; write its options below it, indented, or leave it out.")
     return found

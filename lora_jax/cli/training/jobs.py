@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Base:
     - `model`: a linen module, or an nnx module that holds its parameters.
     - `params`: of the linen module; for nnx the same tree, which `model` was built from.
     - `objective`, and `inputs`: the model's arguments for one batch, as `jax.ShapeDtypeStruct`s.
-    - `tokenizer`: of the `tokenizers` package.
+    - `tokenizer`: of the `tokenizers` package; `vocabulary`, how many tokens the model knows.
     - `task_type`: PEFT's, `"SEQ_CLS"` or `"CAUSAL_LM"`.
     - `name`: what an exported adapter calls its base.
     - `directory`: a Hugging Face directory that torch can load; None if there is none until `write` makes it.
@@ -62,6 +62,7 @@ class Base:
     objective: Objective
     inputs: tuple[Any, ...]
     tokenizer: Any
+    vocabulary: int
     task_type: str
     name: str
     directory: Path | None
@@ -110,6 +111,16 @@ def row_inputs(config: TrainConfig, count: int) -> tuple[jax.ShapeDtypeStruct, .
     """`count` abstract (batch, length) arrays of integers."""
     shape = (config.data.batch_size, config.data.length)
     return (jax.ShapeDtypeStruct(shape, np.dtype("int32")),) * count
+
+
+def check_ids(parts: Iterable[np.ndarray], vocabulary: int) -> None:
+    """**Raises** `ValueError` for tokens the model has no row for: JAX would read NaNs or another row."""
+    largest = max(int(ids.max()) for ids in parts)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {vocabulary}: tokenizer.json and the "
+            "weights are not of one model."
+        )
 
 
 def len_of(batch: Batch) -> int:

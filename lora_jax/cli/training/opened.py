@@ -18,7 +18,18 @@ from lora_jax.planning import Plan
 def config_of(source: str) -> TrainConfig:
     """The configuration of a run directory, or in a YAML file."""
     path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{source} does not exist; name the directory of a run, or a YAML file of its options.")
     return Run.read(path).config if path.is_dir() else read_config(path)
+
+
+def refuse_fresh(source: str, adapter: str | None) -> None:
+    """**Raises** `ValueError` for a YAML file alone: with a fresh adapter the model would be its base."""
+    if adapter is None and Path(source).is_file():
+        raise ValueError(
+            f"{source} says which model, but not which adapter: name the directory of a run, or add --adapter "
+            "PEFT_DIRECTORY."
+        )
 
 
 def open_job(source: str, *, adapter: str | None = None, step: int | None = None) -> tuple[TrainConfig, Job, Learner]:

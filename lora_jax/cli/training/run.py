@@ -25,10 +25,20 @@ import yaml
 from lora_jax import checkpoint
 from lora_jax.adapters import Adapter
 from lora_jax.cli.training.config import TrainConfig
-from lora_jax.cli.training.config_files import differences, read_config, to_dict
+from lora_jax.cli.training.config_files import differences, read_config, read_yaml, to_dict, with_absolute_paths
 
+OWN = ("metrics.jsonl", "checkpoints", "adapter", "base", "base.partial", "curves.png", "config.yaml")
 TRAINING = "training"  # the item of a checkpoint with the learner's state
 KEPT = 5  # checkpoints; the oldest go first
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether the config.yaml there is one of ours: many programs keep a file of that name."""
+    path = directory / "config.yaml"
+    try:
+        return path.is_file() and {"task", "lora", "optim"} <= read_yaml(path).keys()
+    except ValueError:
+        return False
 
 
 class Run:
@@ -53,7 +63,7 @@ class Run:
         none to resume, or if it was started with other options.
         """
         run = cls(Path(config.output_dir), config)
-        is_run = (run.directory / "config.yaml").is_file()
+        is_run = holds_run(run.directory)
         if config.resume:
             if not is_run:
                 raise ValueError(f"{run.directory} holds no run to resume (no config.yaml); leave --resume out.")
@@ -90,8 +100,8 @@ class Run:
         """The folder of a checkpoint, the newest if None. **Raises:** `ValueError` naming those that there are."""
         steps = self.steps_saved
         if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" of step {step}"
-            raise ValueError(f"{self.directory} has no checkpoint{wanted}; it has {steps or 'none'}.")
+            wanted = "" if step is None else f" of step {step}; it has {steps or 'none'}"
+            raise ValueError(f"{self.directory} has no checkpoint{wanted}.")
         return self.directory / "checkpoints" / str(steps[-1] if step is None else step)
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
@@ -105,11 +115,10 @@ class Run:
         import orbax.checkpoint as ocp
 
         if not self.config.resume:
-            if self.directory.exists():
-                shutil.rmtree(self.directory)
-            self.directory.mkdir(parents=True)
-            # Without what would stand in the way of `--config config.yaml --resume`.
-            kept = dataclasses.replace(self.config, overwrite=False)
+            self._clear()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Without what would stand in the way of `--config config.yaml --resume`, from any folder.
+            kept = with_absolute_paths(dataclasses.replace(self.config, overwrite=False))
             _write(self.directory / "config.yaml", yaml.safe_dump(to_dict(kept), sort_keys=False))
         _write(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
@@ -140,7 +149,26 @@ class Run:
         # Lines behind the checkpoint will be written again; a line that a kill cut in two is among them.
         if self.metrics_path.is_file():
             whole = self.metrics_path.read_text().split("\n")[:-1]
-            self.records = [r for r in map(json.loads, whole) if r["step"] <= self.first_step]
+            records = [self._record(line, number) for number, line in enumerate(whole, 1)]
+            self.records = [r for r in records if r["step"] <= self.first_step]
+
+    def _record(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+            if isinstance(found["step"], int) and isinstance(found["kind"], str):
+                return found
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{self.metrics_path}, line {number} is no record of a run: {line[:60]!r}. Delete that line.")
+
+    def _clear(self) -> None:
+        """Deletes what a run writes, and nothing else that lies in the directory."""
+        for name in OWN:
+            path = self.directory / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class Writer:

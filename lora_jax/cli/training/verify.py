@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from lora_jax.cli.training.jobs import Job, chunks
 from lora_jax.cli.training.learners import Learner
 
 NEEDED = ("torch", "transformers", "peft")
+# As requirements/parity.txt has them. Left to itself, pip would take a CUDA build of torch, and transformers 5 with
+# packages other than the tests ran with.
+INSTALL = "torch==2.13.0 transformers==4.57.6 peft==0.21.2"
 TOLERANCE = 1e-4  # on float32 logits up to 5; larger ones are rounded more coarsely, in proportion
 RELATIVE = {"float32": 2e-5, "bfloat16": 5e-2}
 # peft ignores keys it does not know. The adapter's own effect must stand far above the allowed difference.
@@ -28,12 +33,19 @@ def verify(config: TrainConfig, job: Job, learner: Learner, adapter: Path, base:
     """
     out = console()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if config.verify == "never" or (missing and config.verify == "auto"):
-        why = f"{', '.join(missing)} not installed" if missing else "verify=never"
-        out.print(f"not reloaded in torch ({why}). To check the export:\n{how_to(job.base.task_type, adapter, base)}")
+    if config.verify == "never":
+        lines = how_to(job.base.task_type, adapter, base)
+        out.print(f"not reloaded in torch (verify=never). To check the export:\n{lines}", soft_wrap=True)
+        return
+    if missing and config.verify == "auto":
+        out.print(
+            f"NOT CHECKED by PyTorch's peft: {', '.join(missing)} not installed, so the export was not reloaded there. "
+            f"This installs what is missing and makes up for the check:\n  {make_up(adapter.parent)}",
+            soft_wrap=True,  # a command that is cut into lines cannot be copied
+        )
         return
     if missing:
-        raise ImportError(f"verify=always needs {', '.join(missing)}: pip install torch==2.13.0 'lora-jax[torch]'.")
+        raise ImportError(f"verify=always needs {', '.join(missing)}: pip install {INSTALL}.")
     from lora_torch.reload import peft_logits
 
     inputs = job.objective.inputs(next(chunks(job.held_out, config.data.batch_size)))
@@ -55,6 +67,13 @@ def verify(config: TrainConfig, job: Job, learner: Learner, adapter: Path, base:
             f"the adapter moves no logit by more than {change:.2e}, so its reload proves nothing. Train longer, or "
             "with a larger optim.lr."
         )
+
+
+def make_up(run: Path) -> str:
+    """The one command after which a finished run has its verdict."""
+    python = shlex.quote(sys.executable)
+    resume = f"-m lora_jax.cli train --config {shlex.quote(str(run / 'config.yaml'))} --resume"
+    return f"{python} -m pip install {INSTALL} && {python} {resume}"
 
 
 def how_to(task_type: str, adapter: Path, base: Path) -> str:

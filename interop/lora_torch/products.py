@@ -1,4 +1,4 @@
-"""Norms, singular values and distances of products B @ A, computed without ever forming a product.
+"""Norms, singular values and distances of low-rank products B @ A, computed without ever forming a product.
 
 Letters: m output features, n input features, r rank. `b` is (m, r), `a` is (r, n), everything in float64.
 Costs are O((m + n) r^2): a 4096 x 4096 matrix of rank 16 is answered from two 16 x 16 ones.
