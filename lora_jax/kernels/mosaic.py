@@ -11,8 +11,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-# Of 228 KiB an SM, one is the system's and barriers take a little.
-SHARED_BYTES = 226 * 1024
 
 
 def shared(shape: tuple[int, ...], dtype: Any, summed: int = 64) -> Any:
@@ -68,19 +66,47 @@ def fill(steps: int, stages: int, load: Any, free: Any) -> None:
         plgpu.barrier_wait(free.at[lax.rem(step, stages)])
 
 
-def drain(steps: int, stages: int, use: Any, full: Any, free: Any) -> None:
-    """The multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight."""
+def drain(steps: int, stages: int, use: Any, full: Any, free: Any, workers: int) -> None:
+    """A multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight.
 
-    @pl.loop(0, steps)
+    The `workers` warpgroups take steps in turn; `stages` is a multiple of them, so that each has slots of its own.
+    """
+    assert stages % workers == 0, (stages, workers)
+
+    @pl.loop(lax.axis_index("wg"), steps, step=workers)
     def _(step):
         slot = lax.rem(step, stages)
         plgpu.barrier_wait(full.at[slot])
         use(slot, step)
         plgpu.wgmma_wait(1)
 
-        @pl.when(step > 0)
+        @pl.when(step >= workers)
         def _():
-            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(step - workers, stages)])
 
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(free.at[(steps - 1) % stages])
+    mine = lax.axis_index("wg")
+
+    @pl.when(mine < steps)
+    def _():
+        last = steps - 1 - lax.rem(steps - 1 - mine, workers)
+        plgpu.barrier_arrive(free.at[lax.rem(last, stages)])
+
+
+def summed(own: jax.Array, others_s: Any, ready: Any, use: Any, workers: int) -> None:
+    """Adds the float32 results of all workers in a fixed order and gives the sum to `use`, in the first of them."""
+    mine = lax.axis_index("wg")
+
+    @pl.when(mine > 0)
+    def _():
+        others_s[mine - 1] = own
+        plgpu.barrier_arrive(ready)
+
+    @pl.when(mine == 0)
+    def _():
+        total = own
+        if workers > 1:
+            plgpu.barrier_wait(ready)
+        for i in range(workers - 1):
+            total += plgpu.load(others_s.at[i], layout=plgpu.Layout.WGMMA)
+        use(total)
