@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 K_TILE = 64  # elements: 128 bytes, the widest swizzle
 # Of 228 KiB an SM, one is the system's and barriers take a little.
@@ -60,7 +61,12 @@ def padded_rank(rank: int) -> int:
     return 16 if rank <= 16 else -(-rank // 64) * 64
 
 
-def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig) -> str | None:
+def rank_of(thin: Any) -> int:
+    """The padded rank of a thin operand: rank-major for 16 (rows are never so few), else by rows."""
+    return 16 if thin.shape[0] == 16 else thin.shape[1]
+
+
+def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig, *, masked: bool = False) -> str | None:
     """Why the kernel can't run, or None. `m`, `k`, `n`, `rank` as handed to it, padding included."""
     if m % 8 or k % K_TILE or n % K_TILE:
         return f"M={m} must be a multiple of 8, K={k} and N={n} of {K_TILE}"
@@ -70,6 +76,8 @@ def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig) -> str | 
         return f"{config} needs {config.shared_bytes(rank)} bytes of shared memory, more than {SHARED_BYTES}"
     if k // K_TILE <= config.stages:
         return f"K={k} is shorter than the ring of {config.stages} stages of {K_TILE}"
-    if in_ring(rank) and rank // K_TILE >= config.stages:
-        return f"R={rank} fills the ring of {config.stages} stages"
+    if masked and in_ring(rank) and rank // K_TILE >= config.stages:
+        return f"a masked tail of R={rank} fills the ring of {config.stages} stages"
+    if masked and config.tile_n % 128:
+        return f"masks need tiles of a multiple of 128 columns, not {config.tile_n}"
     return None

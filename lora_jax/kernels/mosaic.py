@@ -69,9 +69,10 @@ def fill(steps: int, stages: int, load: Any, free: Any) -> None:
 def drain(steps: int, stages: int, use: Any, full: Any, free: Any, workers: int) -> None:
     """A multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight.
 
-    The `workers` warpgroups take steps in turn; `stages` is a multiple of them, so that each has slots of its own.
+    The `workers` warpgroups take steps in turn; `stages` is a multiple of them, so that each has slots of its own, and
+    at least twice as many: a slot is free only once the next product of its worker has begun.
     """
-    assert stages % workers == 0, (stages, workers)
+    assert stages % workers == 0 and stages >= 2 * workers, (stages, workers)
 
     @pl.loop(lax.axis_index("wg"), steps, step=workers)
     def _(step):

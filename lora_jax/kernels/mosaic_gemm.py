@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
-from lora_jax.kernels.gemm_config import K_TILE, GemmConfig, in_ring, unsupported
+from lora_jax.kernels.gemm_config import K_TILE, GemmConfig, in_ring, rank_of, unsupported
 from lora_jax.kernels.mosaic_dropout import Mask
 
 MEMORY_REGISTERS = 40
@@ -54,8 +54,8 @@ def gemm(
     `thin·tail` is masked and rescaled. **Raises:** `ValueError` for shapes that the kernel can't take.
     """
     (m, k), n = x.shape, w.shape[0] if transposed else w.shape[1]
-    rank = 0 if thin is None else min(thin.shape)
-    problem = unsupported(m, k, n, rank, config)
+    rank = 0 if thin is None else rank_of(thin)
+    problem = unsupported(m, k, n, rank, config, masked=seed is not None)
     if problem:
         raise ValueError(problem)
     operands = [x, w, *([] if thin is None else [thin, tail]), *([] if seed is None else [seed])]

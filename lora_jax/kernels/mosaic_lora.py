@@ -45,8 +45,12 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
     if rank > 256:
         return f"rank {rank}; the kernels take up to 256"
     (mp, kp, np_), rp = _padded(m, k, n), padded_rank(rank)
-    forward = gemm_unsupported(mp, kp, np_, rp, tuned.gemm_config(mp, kp, np_, rp))
-    return forward or gemm_unsupported(mp, np_, kp, rp, tuned.gemm_config(mp, np_, kp, rp))
+    problems = (
+        gemm_unsupported(mp, contracted, out, rp, tuned.gemm_config(mp, contracted, out, rp, dropped=masked), masked=masked)
+        for contracted, out in ((kp, np_), (np_, kp))
+        for masked in (False, True)
+    )
+    return next(filter(None, problems), None)
 
 
 def forward(

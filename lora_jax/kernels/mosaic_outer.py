@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
-from lora_jax.kernels.gemm_config import in_ring
+from lora_jax.kernels.gemm_config import in_ring, rank_of
 from lora_jax.kernels.mosaic_dropout import mask_in_place
 
 
@@ -52,7 +52,7 @@ def outer(
     finite.
     """
     c = config
-    k, rank = x.shape[1], min(g.shape)
+    k, rank = x.shape[1], rank_of(g)
     blocks = pl.cdiv(k, c.columns)
     operands = [x, g, *([] if seed is None else [seed])]
 

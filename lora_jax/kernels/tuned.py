@@ -8,21 +8,26 @@ from lora_jax.kernels.mosaic_outer import OuterConfig
 
 
 def gemm_config(m: int, k: int, n: int, rank: int, *, dropped: bool = False) -> GemmConfig:
+    # A masked tail keeps its slots until the tile is stored: four of the ring's for a rank of 256.
+    if dropped and rank > 128:
+        return GemmConfig(tile_m=64, stages=6)
     return GemmConfig()
 
 
 def down_config(m: int, k: int, rank: int, *, dropped: bool = False) -> DownConfig:
-    for stages in (8, 6, 4, 2):
-        config = DownConfig(stages=stages)
+    for stages, depth, workers in ((8, 128, 2), (6, 128, 2), (4, 128, 2), (4, 64, 2), (2, 64, 1)):
+        config = DownConfig(stages=stages, depth=depth, workers=workers)
         if config.shared_bytes(padded_rank(rank)) <= SHARED_BYTES:
             return config
-    return DownConfig(stages=2, depth=64)
+    raise AssertionError(rank)
 
 
 def outer_config(m: int, k: int, rank: int, sms: int, *, dropped: bool = False) -> OuterConfig:
-    splits = max(1, min(round(sms / -(-k // 128)), -(-m // 512)))
-    for stages in (8, 6, 4, 2):
-        config = OuterConfig(stages=stages, splits=splits)
+    # The accumulator of a worker is columns x rank: 128 registers a thread at most.
+    columns = 128 if padded_rank(rank) <= 128 else 64
+    splits = max(1, min(round(sms / -(-k // columns)), -(-m // 512)))
+    for stages, workers in ((8, 2), (6, 2), (4, 2), (2, 1)):
+        config = OuterConfig(columns=columns, stages=stages, workers=workers, splits=splits)
         if config.shared_bytes(padded_rank(rank)) <= SHARED_BYTES:
             return config
-    return OuterConfig(columns=64, stages=2, splits=splits)
+    raise AssertionError(rank)
