@@ -13,6 +13,10 @@ from jax import lax
 
 
 
+# Pallas of jax 0.10 finds no layout for a result that is stored transposed.
+STORES_TRANSPOSED = jax.__version_info__ >= (0, 11)
+
+
 def shared(shape: tuple[int, ...], dtype: Any, summed: int = 64) -> Any:
     """Shared memory that the copy engine fills and the tensor cores read: tiled, with the widest swizzle that fits.
 
@@ -32,6 +36,12 @@ def transpose(ref: Any) -> Any:
     if jax.__version_info__ >= (0, 11):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any) -> jax.Array:
+    """Reads shared memory into registers, laid out as a product's result is."""
+    index = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA)
 
 
 def compiler_params() -> Any:
@@ -109,5 +119,5 @@ def summed(own: jax.Array, others_s: Any, ready: Any, use: Any, workers: int) ->
         if workers > 1:
             plgpu.barrier_wait(ready)
         for i in range(workers - 1):
-            total += plgpu.load(others_s.at[i], layout=plgpu.Layout.WGMMA)
+            total += load(others_s.at[i])
         use(total)

@@ -55,7 +55,7 @@ def down(
     c = config
     (m, k), rank = x.shape, a_t.shape[0]
     blocks = pl.cdiv(m, c.rows)
-    by_rank = not in_ring(rank) and c.splits == 1
+    by_rank = not in_ring(rank) and c.splits == 1 and mosaic.STORES_TRANSPOSED
     shape = (rank, blocks * c.rows) if by_rank else (blocks * c.rows, rank)
     dtype = x.dtype
     if c.splits > 1:
@@ -75,10 +75,9 @@ def down(
         compiler_params=mosaic.compiler_params(),
         **mosaic.interpreted(interpret),
     )(*operands)
-    if c.splits == 1:
-        return out
-    total = out.sum(0).astype(x.dtype)
-    return total if in_ring(rank) else total.T
+    if c.splits > 1:
+        out = out.sum(0).astype(x.dtype)
+    return out if by_rank or in_ring(rank) else out.T
 
 
 def _kernel(x_g, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, threshold: int):

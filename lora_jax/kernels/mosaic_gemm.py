@@ -282,7 +282,11 @@ def _kernel(
 
                 for i in range(c.tile_m // 64):
                     rows = m0 + wg * my_m + i * 64
-                    mask = None if seed_g is None else Mask(seed_g, rows, n0 + wg * my_n, (64, c.store_n), threshold)
+                    mask = None
+                    if seed_g is not None:
+                        column = n0 + wg * my_n
+                        aligned = c.tile_n % 128 == 0
+                        mask = Mask(seed_g, rows, column, (64, c.store_n), threshold, aligned=aligned)
                     for number, j in enumerate(range(0, c.tile_n, c.store_n)):
                         value = result[i * 64 : (i + 1) * 64, j : j + c.store_n]
                         if seed_g is not None:

@@ -72,7 +72,7 @@ def forward(
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rank = len(a_t)
     options = {} if drop is None else drop._asdict()
-    h = down(x, a_t, tuned.down_config(*x.shape, rank, dropped=drop is not None), interpret=interpret, **options)
+    h = down(x, a_t, tuned.down_config(*x.shape, rank, sms), interpret=interpret, **options)
     tail = b.T if transposed and in_ring(rank) else b
     config = tuned.gemm_config(*x.shape, b.shape[1], rank)
     y = gemm(x, w, h, tail, config, transposed=transposed, sms=sms, interpret=interpret)
@@ -101,7 +101,7 @@ def backward(
     options = {} if drop is None else drop._asdict()
     dx = da = db = None
     if wants.x or wants.a:
-        g = down(dy, b, tuned.down_config(*dy.shape, rank), interpret=interpret)
+        g = down(dy, b, tuned.down_config(*dy.shape, rank, sms), interpret=interpret)
     if wants.x:
         config = tuned.gemm_config(*dy.shape, x.shape[1], rank, dropped=drop is not None)
         tail = a_t.T if not transposed and in_ring(rank) else a_t
@@ -109,7 +109,7 @@ def backward(
             dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options
         )[:m, :k]  # fmt: skip
     if wants.a:
-        config = tuned.outer_config(*x.shape, rank, sms, dropped=drop is not None)
+        config = tuned.outer_config(*x.shape, rank, sms)
         da = outer(x, g, config, interpret=interpret, **options)[:k, :r]
     if wants.b:
         db = outer(dy, h, tuned.outer_config(*dy.shape, rank, sms), interpret=interpret).T[:r, :n]

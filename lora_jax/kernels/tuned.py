@@ -14,15 +14,17 @@ def gemm_config(m: int, k: int, n: int, rank: int, *, dropped: bool = False) -> 
     return GemmConfig()
 
 
-def down_config(m: int, k: int, rank: int, *, dropped: bool = False) -> DownConfig:
-    for stages, depth, workers in ((8, 128, 2), (6, 128, 2), (4, 128, 2), (4, 64, 2), (2, 64, 1)):
-        config = DownConfig(stages=stages, depth=depth, workers=workers)
+def down_config(m: int, k: int, rank: int, sms: int) -> DownConfig:
+    for stages, depth, workers in ((6, 128, 2), (4, 128, 2), (4, 64, 2), (2, 64, 1)):
+        # Few rows leave most of the chip idle: K is cut too, down to four steps each.
+        splits = max(1, min(sms // -(-m // 64), -(-k // depth) // 4))
+        config = DownConfig(stages=stages, depth=depth, workers=workers, splits=splits)
         if config.shared_bytes(padded_rank(rank)) <= SHARED_BYTES:
             return config
     raise AssertionError(rank)
 
 
-def outer_config(m: int, k: int, rank: int, sms: int, *, dropped: bool = False) -> OuterConfig:
+def outer_config(m: int, k: int, rank: int, sms: int) -> OuterConfig:
     # The accumulator of a worker is columns x rank: 128 registers a thread at most.
     columns = 128 if padded_rank(rank) <= 128 else 64
     splits = max(1, min(round(sms / -(-k // columns)), -(-m // 512)))
