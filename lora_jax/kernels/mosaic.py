@@ -11,8 +11,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-
-
 # Pallas of jax 0.10 finds no layout for a result that is stored transposed.
 STORES_TRANSPOSED = jax.__version_info__ >= (0, 11)
 

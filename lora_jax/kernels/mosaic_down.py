@@ -53,8 +53,8 @@ def down(
     zero. R is a multiple of 16, K of 64.
     """
     c = config
-    (m, k), rank = x.shape, a_t.shape[0]
-    blocks = pl.cdiv(m, c.rows)
+    rank = a_t.shape[0]
+    blocks = pl.cdiv(x.shape[0], c.rows)
     by_rank = not in_ring(rank) and c.splits == 1 and mosaic.STORES_TRANSPOSED
     shape = (rank, blocks * c.rows) if by_rank else (blocks * c.rows, rank)
     dtype = x.dtype
@@ -63,7 +63,9 @@ def down(
     operands = [x, a_t, *([] if seed is None else [seed])]
 
     def body(x_g, a_g, *rest):
-        _kernel(x_g, a_g, rest[0] if seed is not None else None, rest[-1], config=c, by_rank=by_rank, threshold=threshold)
+        _kernel(
+            x_g, a_g, rest[0] if seed is not None else None, rest[-1], config=c, by_rank=by_rank, threshold=threshold
+        )
 
     out = plgpu.kernel(
         body,
@@ -133,5 +135,5 @@ def _kernel(x_g, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, thresho
 
         @pl.when(lax.axis_index("wg") < c.workers)
         def _():
-            own = pl.run_scoped(multiply, plgpu.ACC((c.rows, rank), jnp.float32))
+            own = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((c.rows, rank), jnp.float32))
             mosaic.summed(own, others_s, ready, store, c.workers)

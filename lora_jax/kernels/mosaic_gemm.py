@@ -118,7 +118,9 @@ def _kernel(
         }
 
     @functools.partial(pl.run_scoped, collective_axes="wg", **scratch)
-    def _(x_s, w_s, y_s, full, free, thin_s=None, tail_s=None, tail_full=None, tail_free=None):
+    def _(
+        x_s, w_s, y_s, full, free, thin_s: Any = None, tail_s: Any = None, tail_full: Any = None, tail_free: Any = None
+    ):
         wg = lax.axis_index("wg")
         turns = _turns(tiles)
 
@@ -132,17 +134,19 @@ def _kernel(
             return mi * cta_m, ni * cta_n
 
         def multicast(side):
-            return {"collective_axes": "cluster"} if c.cluster == side else {}
+            return "cluster" if c.cluster == side else None
 
         def load_step(left_g, right_g, slot, team, step, m0, n0):
             ks, done = pl.ds(step * K_TILE, K_TILE), full.at[team * c.stages + slot]
-            plgpu.copy_gmem_to_smem(left_g.at[pl.ds(m0, cta_m), ks], x_s.at[slot], done, **multicast("n"))
+            plgpu.copy_gmem_to_smem(left_g.at[pl.ds(m0, cta_m), ks], x_s.at[slot], done, collective_axes=multicast("n"))
             if transposed:
-                plgpu.copy_gmem_to_smem(right_g.at[pl.ds(n0, cta_n), ks], w_s.at[slot], done, **multicast("m"))
+                plgpu.copy_gmem_to_smem(
+                    right_g.at[pl.ds(n0, cta_n), ks], w_s.at[slot], done, collective_axes=multicast("m")
+                )
                 return
             for half in range(halves[0]):
                 ns = pl.ds(n0 + half * halves[1], halves[1])
-                plgpu.copy_gmem_to_smem(right_g.at[ks, ns], w_s.at[slot, half], done, **multicast("m"))
+                plgpu.copy_gmem_to_smem(right_g.at[ks, ns], w_s.at[slot, half], done, collective_axes=multicast("m"))
 
         def load_tail(team, m0, n0):
             done = tail_full.at[team]
@@ -222,9 +226,7 @@ def _kernel(
             def tail_lhs(i=None):
                 if i is None and c.split != "m":
                     return mosaic.transpose(thin_s)
-                return mosaic.transpose(
-                    thin_s.at[:, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)]
-                )
+                return mosaic.transpose(thin_s.at[:, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)])
 
             def tail_rhs(j=None, width=0):
                 mine = tail_s.at[wg if c.split == "n" else 0]
@@ -264,7 +266,7 @@ def _kernel(
                         plgpu.barrier_arrive(tail_free)
                     return acc[...]
 
-                result = pl.run_scoped(product, plgpu.ACC((c.tile_m, c.tile_n), jnp.float32))
+                result = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((c.tile_m, c.tile_n), jnp.float32))
                 for step in range(mixed, steps):
                     plgpu.barrier_wait(full.at[team * c.stages + slot_of(step)])
 
@@ -277,7 +279,7 @@ def _kernel(
                         plgpu.wgmma_wait(0)
                         return acc[...]
 
-                    low = pl.run_scoped(multiply, plgpu.ACC((64, c.store_n), jnp.float32))
+                    low = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
                     return jnp.where(mask(j), low * (65536 / (65536 - threshold)), 0.0)
 
                 for i in range(c.tile_m // 64):

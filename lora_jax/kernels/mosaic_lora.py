@@ -44,13 +44,14 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
         return f"{jnp.dtype(dtype).name} operands; the kernels take bfloat16 and float16"
     if rank > 256:
         return f"rank {rank}; the kernels take up to 256"
-    (mp, kp, np_), rp = _padded(m, k, n), padded_rank(rank)
-    problems = (
-        gemm_unsupported(mp, contracted, out, rp, tuned.gemm_config(mp, contracted, out, rp, dropped=masked), masked=masked)
-        for contracted, out in ((kp, np_), (np_, kp))
-        for masked in (False, True)
-    )
-    return next(filter(None, problems), None)
+    (m, k, n), rank = _padded(m, k, n), padded_rank(rank)
+    for contracted, out in ((k, n), (n, k)):
+        for masked in (False, True):
+            config = tuned.gemm_config(m, contracted, out, rank, dropped=masked)
+            problem = gemm_unsupported(m, contracted, out, rank, config, masked=masked)
+            if problem:
+                return problem
+    return None
 
 
 def forward(
@@ -66,15 +67,16 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """`x·w + drop(x)·a·b`: (M, K), (K, N) or (N, K) if `transposed`, (K, R), (R, N) -> (M, N), and `h` for `backward`.
 
-    All of one dtype, bfloat16 or float16, which `h` and the result are rounded to once each.
+    All of one dtype, bfloat16 or float16, which `h` and the result are rounded to once each. `sms`: multiprocessors
+    of the GPU.
     """
-    (m, k), n = x.shape, b.shape[1]
+    m, n = x.shape[0], b.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
-    rank = len(a_t)
+    rows, k, out, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
     options = {} if drop is None else drop._asdict()
-    h = down(x, a_t, tuned.down_config(*x.shape, rank, sms), interpret=interpret, **options)
+    h = down(x, a_t, tuned.down_config(rows, k, rank, sms), interpret=interpret, **options)
     tail = b.T if transposed and in_ring(rank) else b
-    config = tuned.gemm_config(*x.shape, b.shape[1], rank)
+    config = tuned.gemm_config(rows, k, out, rank)
     y = gemm(x, w, h, tail, config, transposed=transposed, sms=sms, interpret=interpret)
     return y[:m, :n], h
 
@@ -94,25 +96,24 @@ def backward(
     interpret: Any = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients of `forward`: of `x` in its dtype, of `a` and `b` in float32, or None where not wanted."""
-    (m, k), n, r = x.shape, b.shape[1], a.shape[1]
+    shape, r = (*x.shape, b.shape[1]), a.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
-    rank = len(a_t)
-    dy = _pad(dy, x.shape[0], b.shape[1])
+    rows, k, n, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
+    dy = _pad(dy, rows, n)
     options = {} if drop is None else drop._asdict()
     dx = da = db = None
     if wants.x or wants.a:
-        g = down(dy, b, tuned.down_config(*dy.shape, rank, sms), interpret=interpret)
-    if wants.x:
-        config = tuned.gemm_config(*dy.shape, x.shape[1], rank, dropped=drop is not None)
-        tail = a_t.T if not transposed and in_ring(rank) else a_t
-        dx = gemm(
-            dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options
-        )[:m, :k]  # fmt: skip
-    if wants.a:
-        config = tuned.outer_config(*x.shape, rank, sms)
-        da = outer(x, g, config, interpret=interpret, **options)[:k, :r]
+        g = down(dy, b, tuned.down_config(rows, n, rank, sms), interpret=interpret)
+        if wants.x:
+            config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None)
+            tail = a_t.T if not transposed and in_ring(rank) else a_t
+            dx = gemm(
+                dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options
+            )[: shape[0], : shape[1]]  # fmt: skip
+        if wants.a:
+            da = outer(x, g, tuned.outer_config(rows, k, rank, sms), interpret=interpret, **options)[: shape[1], :r]
     if wants.b:
-        db = outer(dy, h, tuned.outer_config(*dy.shape, rank, sms), interpret=interpret).T[:r, :n]
+        db = outer(dy, h, tuned.outer_config(rows, n, rank, sms), interpret=interpret).T[:r, : shape[2]]
     return dx, da, db
 
 
@@ -120,11 +121,13 @@ def _padded(m: int, k: int, n: int) -> tuple[int, int, int]:
     return -(-m // 8) * 8, -(-k // K_TILE) * K_TILE, -(-n // K_TILE) * K_TILE
 
 
-def _pad_operands(x, w, a, b, transposed):
+def _pad_operands(
+    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, transposed: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`x`, `w`, `aᵀ` and `b` with zeros around."""
     rank = padded_rank(a.shape[1])
-    m, k, n = _padded(*x.shape, b.shape[1])
-    return _pad(x, m, k), _pad(w, *((n, k) if transposed else (k, n))), _pad(a.T, rank, k), _pad(b, rank, n)
+    m, k, n = _padded(x.shape[0], x.shape[1], b.shape[1])
+    return _pad(x, m, k), _pad(w, n, k) if transposed else _pad(w, k, n), _pad(a.T, rank, k), _pad(b, rank, n)
 
 
 def _pad(x: jax.Array, rows: int, columns: int) -> jax.Array:

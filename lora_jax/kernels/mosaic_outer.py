@@ -120,5 +120,5 @@ def _kernel(x_g, g_g, seed_g, out_g, *, config: OuterConfig, threshold: int):
 
         @pl.when(lax.axis_index("wg") < c.workers)
         def _():
-            own = pl.run_scoped(multiply, plgpu.ACC((c.columns, rank), jnp.float32))
+            own = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((c.columns, rank), jnp.float32))
             mosaic.summed(own, others_s, ready, store, c.workers)
