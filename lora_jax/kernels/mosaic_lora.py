@@ -22,6 +22,9 @@ from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
 
+# Measured down to this many (benchmarks/results/kernels.jsonl).
+LEAST_ROWS = 1024
+
 
 class Drop(NamedTuple):
     """Dropout of the low-rank branch: four int32 (see `mosaic_dropout.Mask`), and how many of 65536 are dropped."""
@@ -52,6 +55,23 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
             if problem:
                 return problem
     return None
+
+
+def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_kind: str) -> str | None:
+    """Why XLA is the better choice for these sizes, although the kernels could compute them, or None."""
+    if m % 8 or k % K_TILE or n % K_TILE:
+        return (
+            f"M={m} is no multiple of 8, or K={k} or N={n} none of {K_TILE}: the operands would be copied to pad them"
+        )
+    if m < LEAST_ROWS:
+        return f"M={m}; below {LEAST_ROWS} rows the kernels are not the faster ones"
+    return None
+
+
+def h_layout(rank: int) -> tuple[bool, int]:
+    """Whether the rank comes first in the `h` of `forward`, and how long it is there, padding included."""
+    padded = padded_rank(rank)
+    return not in_ring(padded), padded
 
 
 def forward(
@@ -95,11 +115,16 @@ def backward(
     sms: int = 132,
     interpret: Any = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-    """Gradients of `forward`: of `x` in its dtype, of `a` and `b` in float32, or None where not wanted."""
+    """Gradients of `forward`: of `x` in its dtype, of `a` and `b` in float32, or None where not wanted.
+
+    `h` may be cut to M.
+    """
     shape, r = (*x.shape, b.shape[1]), a.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rows, k, n, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
     dy = _pad(dy, rows, n)
+    # The copy engine steps by 16 bytes.
+    h = _pad(h, rank, max(rows, h.shape[1])) if not in_ring(rank) else _pad(h, max(rows, h.shape[0]), rank)
     options = {} if drop is None else drop._asdict()
     dx = da = db = None
     if wants.x or wants.a:
