@@ -11,8 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-# Of 228 KiB an SM, one is the system's and barriers take a little.
-SHARED_BYTES = 226 * 1024
+# Pallas of jax 0.10 finds no layout for a result that is stored transposed.
+STORES_TRANSPOSED = jax.__version_info__ >= (0, 11)
 
 
 def shared(shape: tuple[int, ...], dtype: Any, summed: int = 64) -> Any:
@@ -34,6 +34,22 @@ def transpose(ref: Any) -> Any:
     if jax.__version_info__ >= (0, 11):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any, **options: Any) -> jax.Array:
+    """Reads shared memory into registers, laid out as a product's result is."""
+    index = () if jax.__version_info__ >= (0, 11) else ((),)
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, **options)
+
+
+def signal(semaphore: Any) -> None:
+    """Counts a semaphore up, after everything that this warpgroup wrote."""
+    pl.semaphore_signal(semaphore)
+
+
+def wait_for(semaphore: Any, value: int) -> None:
+    """Waits until a semaphore counts `value`, and leaves it there."""
+    pl.semaphore_wait(semaphore, value, decrement=False)
 
 
 def compiler_params() -> Any:
@@ -68,19 +84,48 @@ def fill(steps: int, stages: int, load: Any, free: Any) -> None:
         plgpu.barrier_wait(free.at[lax.rem(step, stages)])
 
 
-def drain(steps: int, stages: int, use: Any, full: Any, free: Any) -> None:
-    """The multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight."""
+def drain(steps: int, stages: int, use: Any, full: Any, free: Any, workers: int) -> None:
+    """A multiplying warpgroup's part: `use(slot, step)` starts one product, of which one stays in flight.
 
-    @pl.loop(0, steps)
+    The `workers` warpgroups take steps in turn; `stages` is a multiple of them, so that each has slots of its own, and
+    at least twice as many: a slot is free only once the next product of its worker has begun.
+    """
+    assert stages % workers == 0 and stages >= 2 * workers, (stages, workers)
+
+    @pl.loop(lax.axis_index("wg"), steps, step=workers)
     def _(step):
         slot = lax.rem(step, stages)
         plgpu.barrier_wait(full.at[slot])
         use(slot, step)
         plgpu.wgmma_wait(1)
 
-        @pl.when(step > 0)
+        @pl.when(step >= workers)
         def _():
-            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+            plgpu.barrier_arrive(free.at[lax.rem(step - workers, stages)])
 
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(free.at[(steps - 1) % stages])
+    mine = lax.axis_index("wg")
+
+    @pl.when(mine < steps)
+    def _():
+        last = steps - 1 - lax.rem(steps - 1 - mine, workers)
+        plgpu.barrier_arrive(free.at[lax.rem(last, stages)])
+
+
+def summed(own: jax.Array, others_s: Any, ready: Any, use: Any, workers: int) -> None:
+    """Adds the float32 results of all workers in a fixed order and gives the sum to `use`, in the first of them."""
+    mine = lax.axis_index("wg")
+
+    @pl.when(mine > 0)
+    def _():
+        others_s[mine - 1] = own
+        plgpu.barrier_arrive(ready)
+
+    @pl.when(mine == 0)
+    def _():
+        total = own
+        if workers > 1:
+            plgpu.barrier_wait(ready)
+        for i in range(workers - 1):
+            total += load(others_s.at[i])
+        use(total)
