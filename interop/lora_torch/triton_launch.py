@@ -73,8 +73,8 @@ def down(
 
     Raises: ValueError for shapes, TypeError for dtypes, RuntimeError without a GPU (see `check`).
     """
-    (m, k), r = x.shape, a.shape[1]
     check({"x": x, "a": a}, [("x", 1, "a", 0)])
+    (m, k), r = x.shape, a.shape[1]
     drop = drop if drop and drop.threshold else None
     out = x.new_empty(m, r)
     if m == 0:
@@ -121,8 +121,8 @@ def outer(
 
     Raises: as `down`.
     """
-    (m, r), c = t.shape, v.shape[1]
     check({"t": t, "v": v}, [("t", 0, "v", 0)])
+    (m, r), c = t.shape, v.shape[1]
     drop = drop if drop and drop.threshold else None
     out = t.new_empty((r, c), dtype=_float32())
     if m == 0:
