@@ -95,20 +95,21 @@ def gemm_config(m: int, n: int, k: int, r: int, itemsize: int, *, dropout: bool 
         return GemmConfig(64, 64, 64, stages=4, warps=4, per_sm=0)
     if m * n <= 128 * 256 * 132 // 2:
         return GEMM[4]
-    if padded(r) > 64:
-        return GEMM[1]
-    return GEMM[2] if dropout else GEMM[0]
+    # A fourth stage does not leave the shared memory for a tail of rank 64; dropout needs the registers.
+    return GEMM[2] if dropout or padded(r) >= 64 else GEMM[0]
 
 
 def down_config(m: int, k: int, r: int, itemsize: int, *, dropout: bool = False) -> PassConfig:
     """Tiles for `(m, k) x (k, r)`."""
     if itemsize == 4:
         return _PASS_32
-    return DOWN[4] if padded(r) >= 64 else DOWN[0]
+    if padded(r) >= 128:
+        return PassConfig(128, 64, stages=3, warps=8)
+    return DOWN[4] if padded(r) == 64 else DOWN[0]
 
 
 def outer_config(m: int, c: int, r: int, itemsize: int, *, dropout: bool = False) -> PassConfig:
     """Tiles for `(m, r).T x (m, c)`."""
     if itemsize == 4:
         return _PASS_32
-    return OUTER[0]
+    return PassConfig(64, 128, stages=3, warps=8) if padded(r) >= 128 else OUTER[0]

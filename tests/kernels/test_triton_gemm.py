@@ -25,20 +25,20 @@ def forward(v):
     return v["x"] @ v["w"] + v["h"] @ v["b"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("m,k,n,r", SIZES)
-def test_forward_matches_float64(dtype: torch.dtype, m: int, k: int, n: int, r: int) -> None:
+def test_forward_matches_float64(dtype: str, m: int, k: int, n: int, r: int) -> None:
     v = operands(dtype, m, k, n, r)
     got = launch.forward(v["x"], v["w"], v["h"], v["b"], v["bias"])
-    assert got.dtype == dtype
+    assert got.dtype == getattr(torch, dtype)
     for wrong in (lambda v: v["x"] @ v["w"] + v["bias"], lambda v: forward(v) + v["h"] @ v["b"], forward):
         assert_close(got, lambda v: forward(v) + v["bias"], v, k + r, wrong)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("m,k,n,r", SIZES)
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_input_gradient_matches_float64(dtype: torch.dtype, m: int, k: int, n: int, r: int, rate: float) -> None:
+def test_input_gradient_matches_float64(dtype: str, m: int, k: int, n: int, r: int, rate: float) -> None:
     v = operands(dtype, m, k, n, r)
     drop = launch.Drop.seeded(rate, SEED, "cpu") if rate else None
     got = launch.input_gradient(v["dy"], v["w"], v["g"], v["a"], drop)
@@ -58,7 +58,7 @@ def test_input_gradient_matches_float64(dtype: torch.dtype, m: int, k: int, n: i
 def test_every_way_through_the_kernel(m: int, k: int, n: int, chunks: int, r: int, rate: float) -> None:
     config = GemmConfig(16, 64, 32, stages=2, warps=2, group=2, chunks=chunks)
     assert config.prefetch(16, 2) and not config.prefetch(128, 2)
-    v = operands(torch.float16, m, k, n, r)
+    v = operands("float16", m, k, n, r)
     keep = mask(m, k, rate)
     y = launch.forward(v["x"], v["w"], v["h"], v["b"], config=config)
     assert_close(y, forward, v, k + r, lambda v: v["x"] @ v["w"])
@@ -74,7 +74,7 @@ def test_every_way_through_the_kernel(m: int, k: int, n: int, chunks: int, r: in
 
 
 def test_any_strides() -> None:
-    v = operands(torch.float16, 40, 48, 56, 8)
+    v = operands("float16", 40, 48, 56, 8)
     wide = torch.full((96, 112), float("nan"), dtype=torch.float16)
     wide[::2, ::2] = v["w"]
     for w in (v["w"].contiguous(), wide[::2, ::2]):
@@ -84,5 +84,5 @@ def test_any_strides() -> None:
 
 
 def test_no_tokens() -> None:
-    v = operands(torch.float32, 4, 8, 12, 2)
+    v = operands("float32", 4, 8, 12, 2)
     assert launch.forward(v["x"][:0], v["w"], v["h"][:0], v["b"]).shape == (0, 12)

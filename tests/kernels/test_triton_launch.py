@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_a_layer_and_its_gradients(rate: float) -> None:
     m, k, n, r = 50, 40, 36, 6
-    v = operands(torch.float32, m, k, n, r)
+    v = operands("float32", m, k, n, r)
     x, w, a, b, dy = (v[name] for name in ("x", "w", "a", "b", "dy"))
     drop = launch.Drop.seeded(rate, SEED, "cpu") if rate else None
     h = launch.down(x, a, SCALE, drop)
@@ -43,7 +43,7 @@ def test_a_layer_and_its_gradients(rate: float) -> None:
 
 
 def test_shapes_are_checked() -> None:
-    v = operands(torch.float32, 4, 8, 12, 2)
+    v = operands("float32", 4, 8, 12, 2)
     with pytest.raises(ValueError, match=r"dimension 1 of `x` and dimension 0 of `a` differ.*\(4, 8\).*\(12, 2\)"):
         launch.down(v["x"], v["b"].T)
     with pytest.raises(ValueError, match="dimension 1 of `h` and dimension 0 of `b` differ"):
@@ -55,7 +55,7 @@ def test_shapes_are_checked() -> None:
 
 
 def test_dtypes_are_checked() -> None:
-    v = operands(torch.float32, 4, 8, 12, 2)
+    v = operands("float32", 4, 8, 12, 2)
     with pytest.raises(TypeError, match=r"`a` is torch.float16 but `x` is torch.float32: cast one of them"):
         launch.down(v["x"], v["a"].half())
     with pytest.raises(TypeError, match=r"`x` is torch.float64: the Triton kernels take float32, float16 and bfloat16"):

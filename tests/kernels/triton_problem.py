@@ -15,14 +15,14 @@ SEED = (0xDEADBEEF, 0x12345678)
 SCALE = 0.625
 
 
-def operands(dtype: torch.dtype, m: int, k: int, n: int, r: int) -> dict[str, torch.Tensor]:
+def operands(dtype: str, m: int, k: int, n: int, r: int) -> dict[str, torch.Tensor]:
     """Weights lie as PyTorch stores them. `h` and `g` are drawn, so that each kernel is judged by itself."""
     import torch
 
     generator = torch.Generator().manual_seed(m * k + n * r)
 
     def normal(*size: int, std: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, generator=generator) * std).to(dtype)
+        return (torch.randn(*size, generator=generator) * std).to(getattr(torch, dtype))
 
     return {
         "x": normal(m, k),
