@@ -79,11 +79,12 @@ def down(
     out = x.new_empty(m, r)
     if m == 0:
         return out
-    config = config or down_config(m, k, r, x.element_size(), dropout=drop is not None)
+    tma = x.element_size() == 2 and _describable(x)
+    config = config or down_config(m, k, r, x.element_size(), tma=tma, dropout=drop is not None)
+    tma &= config.tma
     blocks = _blocks(m, config.rows)
     parts = config.split(blocks, _blocks(k, config.columns), sms(x.device.index))
     target = out if parts == 1 else out.new_empty((parts, m, r), dtype=_float32())
-    tma = config.tma and _describable(x)
     _kernel("down")[(blocks * parts,)](
         _described(x, config.rows, config.columns) if tma else x,
         a,
@@ -127,11 +128,12 @@ def outer(
     out = t.new_empty((r, c), dtype=_float32())
     if m == 0:
         return out.zero_()
-    config = config or outer_config(m, c, r, v.element_size(), dropout=drop is not None)
+    tma = v.element_size() == 2 and _describable(v)
+    config = config or outer_config(m, c, r, v.element_size(), tma=tma, dropout=drop is not None)
+    tma &= config.tma
     blocks = _blocks(c, config.columns)
     parts = config.split(blocks, _blocks(m, config.rows), sms(v.device.index))
     target = out if parts == 1 else out.new_empty((parts, r, c))
-    tma = config.tma and _describable(v)
     _kernel("outer")[(blocks * parts,)](
         t,
         _described(v, config.rows, config.columns) if tma else v,
@@ -210,10 +212,10 @@ def _gemm(
     if m == 0:
         return y
     rp = padded(r)
-    config = config or gemm_config(m, n, k, r, x.element_size(), dropout=drop is not None)
-    tiles = _blocks(m, config.bm) * _blocks(n, config.bn)
     transposed = w.stride(0) == 1 != w.stride(1)
     tma = x.element_size() == 2 and all(map(_describable, (x, w.T if transposed else w, y)))
+    config = config or gemm_config(m, n, k, r, x.element_size(), tma=tma, dropout=drop is not None)
+    tiles = _blocks(m, config.bm) * _blocks(n, config.bn)
     if not tma:
         w_argument = w
     elif transposed:

@@ -76,7 +76,7 @@ OUTER = (
 )
 
 # float32 is multiplied without the matrix unit, so that it keeps its precision: small tiles, any GPU.
-_GEMM_32 = GemmConfig(64, 64, 32, stages=3, warps=4, per_sm=0)
+_GEMM_32 = GemmConfig(64, 64, 16, stages=3, warps=8, per_sm=0)
 _PASS_32 = PassConfig(32, 32, stages=3, warps=4, tma=False)
 
 
@@ -87,29 +87,38 @@ def padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def gemm_config(m: int, n: int, k: int, r: int, itemsize: int, *, dropout: bool = False) -> GemmConfig:
-    """Tiles for `(m, k) x (k, n)` with a tail of rank `r`, elements of `itemsize` bytes."""
+def gemm_config(m: int, n: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> GemmConfig:
+    """Tiles for `(m, k) x (k, n)` with a tail of rank `r`, elements of `itemsize` bytes.
+
+    `tma`: by descriptors, on Hopper. By pointers the tiles are smaller, for older GPUs and for odd strides.
+    """
     if itemsize == 4:
         return _GEMM_32
     if m <= 128 or n <= 128:
-        return GemmConfig(64, 64, 64, stages=4, warps=4, per_sm=0)
+        return GemmConfig(64, 64, 64, stages=3, warps=4, per_sm=0)
+    if not tma:
+        return GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0, chunks=2 if padded(r) > 64 else 1)
     if m * n <= 128 * 256 * 132 // 2:
         return GEMM[4]
     # A fourth stage does not leave the shared memory for a tail of rank 64; dropout needs the registers.
     return GEMM[2] if dropout or padded(r) >= 64 else GEMM[0]
 
 
-def down_config(m: int, k: int, r: int, itemsize: int, *, dropout: bool = False) -> PassConfig:
-    """Tiles for `(m, k) x (k, r)`."""
+def down_config(m: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
+    """Tiles for `(m, k) x (k, r)`; the rest as `gemm_config`."""
     if itemsize == 4:
         return _PASS_32
+    if not tma:
+        return PassConfig(64, 32 if padded(r) >= 128 else 64, stages=3, warps=4, tma=False)
     if padded(r) >= 128:
         return PassConfig(128, 64, stages=3, warps=8)
     return DOWN[4] if padded(r) == 64 else DOWN[0]
 
 
-def outer_config(m: int, c: int, r: int, itemsize: int, *, dropout: bool = False) -> PassConfig:
-    """Tiles for `(m, r).T x (m, c)`."""
+def outer_config(m: int, c: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
+    """Tiles for `(m, r).T x (m, c)`; the rest as `gemm_config`."""
     if itemsize == 4:
-        return _PASS_32
+        return _PASS_32 if padded(r) < 128 else PassConfig(16, 32, stages=2, warps=8, tma=False)
+    if not tma:
+        return PassConfig(32, 64 if padded(r) >= 128 else 128, stages=3, warps=4, tma=False)
     return PassConfig(64, 128, stages=3, warps=8) if padded(r) >= 128 else OUTER[0]

@@ -138,7 +138,7 @@ def gemm_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNKS: tl.constexpr,  # the tail and the store go column chunk by column chunk, to save shared memory
-    PREFETCH: tl.constexpr,  # the tail before the walk, if the registers hold it; or after it, 64 ranks at a time
+    PREFETCH: tl.constexpr,  # the tail before the walk, if the registers hold it; or after it, in parts
     BIAS: tl.constexpr,
     DROP: tl.constexpr,
     W_T: tl.constexpr,
@@ -146,6 +146,7 @@ def gemm_kernel(
 ):
     BC: tl.constexpr = BN // CHUNKS
     element: tl.constexpr = h_ptr.dtype.element_ty
+    RC: tl.constexpr = 1024 // h_ptr.dtype.element_ty.primitive_bitwidth  # ranks of a tail after the walk, at a time
     programs = tl.num_programs(0)
     steps = tl.cdiv(K, BK)
     mine = tl.cdiv(tl.cdiv(M, BM) * tl.cdiv(N, BN) - tl.program_id(0), programs)
@@ -176,10 +177,10 @@ def gemm_kernel(
             ks = k0 + tl.arange(0, BK)
             rows = row0 + tl.arange(0, BM)
             columns = column0 + tl.arange(0, BN)
-            at = rows.to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
-            x = tl.load(x_ptr + at, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
-            at = ks.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
-            w = tl.load(w_ptr + at, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
+            x_at = rows.to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
+            x = tl.load(x_ptr + x_at, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+            w_at = ks.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
+            w = tl.load(w_ptr + w_at, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
 
         if step == steps - 1:
@@ -197,9 +198,10 @@ def gemm_kernel(
                 if PREFETCH:
                     y = tl.dot(h.to(element, bitcast=True), b[i].to(element, bitcast=True), y, input_precision="ieee")
                 else:
-                    for rank0 in tl.static_range(0, RP, 64):
-                        h_part = _load_h(h_ptr, row0, rank0, M, stride_hm, stride_hr, R, 64, BM)
-                        b_part = _load_b(b_ptr, rank0, chunk0, N, stride_br, stride_bn, R, 64, BC)
+                    # Unrolled, because a loop in here would keep the walk from being pipelined.
+                    for rank0 in tl.static_range(0, RP, RC):
+                        h_part = _load_h(h_ptr, row0, rank0, M, stride_hm, stride_hr, R, RC, BM)
+                        b_part = _load_b(b_ptr, rank0, chunk0, N, stride_br, stride_bn, R, RC, BC)
                         h_part = h_part.to(element, bitcast=True)
                         y = tl.dot(h_part, b_part.to(element, bitcast=True), y, input_precision="ieee")
                 if DROP:
@@ -209,8 +211,8 @@ def gemm_kernel(
                     y_ptr.store([row0, chunk0], y.to(element))
                 else:
                     chunk = chunk0 + tl.arange(0, BC)
-                    at = rows.to(tl.int64)[:, None] * stride_ym + chunk[None, :] * stride_yn
-                    tl.store(y_ptr + at, y.to(element), mask=(rows < M)[:, None] & (chunk < N)[None, :])
+                    y_at = rows.to(tl.int64)[:, None] * stride_ym + chunk[None, :] * stride_yn
+                    tl.store(y_ptr + y_at, y.to(element), mask=(rows < M)[:, None] & (chunk < N)[None, :])
             acc = tl.zeros((BM, BN), tl.float32)
             if PREFETCH:
                 # Of the next tile: these loads have its whole walk over K to arrive.

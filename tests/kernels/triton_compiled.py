@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for a Hopper GPU on a machine that has none, and reads what the machine code needs.
+"""Compiles the Triton kernels for a GPU on a machine that has none, and reads what the machine code needs.
 
-    python -m tests.kernels.triton_compiled [--ranks 16 64] [--large]
+    python -m tests.kernels.triton_compiled [--arch 90] [--dtype bf16] [--ranks 16 64] [--large]
 
 prints a JSON line for each shipped configuration.
 """
@@ -28,7 +28,8 @@ from lora_jax.kernels.triton_down import down_kernel
 from lora_jax.kernels.triton_gemm import gemm_kernel
 from lora_jax.kernels.triton_outer import outer_kernel
 
-HOPPER = GPUTarget("cuda", 90, 32)
+# Compute capability -> shared memory of one program in bytes: A100, Ada, Hopper.
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class Needs:
     spilled: int
 
 
-def gemm(config: GemmConfig, *, r: int, drop: bool, w_t: bool) -> Needs:
-    """bfloat16, by descriptors."""
-    rp = padded(r)
+def gemm(config: GemmConfig, *, arch: int, dtype: str, r: int, drop: bool, w_t: bool) -> Needs:
+    """16-bit types go by descriptors on Hopper."""
+    rp, tma = padded(r), arch >= 90 and dtype != "fp32"
+    w_block = (config.bn, config.bk) if w_t else (config.bk, config.bn)
     types = {
-        "x_ptr": f"tensordesc<bf16[{config.bm},{config.bk}]>",
-        "w_ptr": f"tensordesc<bf16[{config.bn},{config.bk}]>" if w_t else f"tensordesc<bf16[{config.bk},{config.bn}]>",
-        "y_ptr": f"tensordesc<bf16[{config.bm},{config.bn // config.chunks}]>",
-        "h_ptr": "*bf16",
-        "b_ptr": "*bf16",
+        "x_ptr": _tensor(dtype, (config.bm, config.bk) if tma else None),
+        "w_ptr": _tensor(dtype, w_block if tma else None),
+        "y_ptr": _tensor(dtype, (config.bm, config.bn // config.chunks) if tma else None),
+        "h_ptr": f"*{dtype}",
+        "b_ptr": f"*{dtype}",
         "bias_ptr": None,
         "seed_ptr": "*i32" if drop else None,
         "tail_scale": "fp32",
@@ -61,47 +63,60 @@ def gemm(config: GemmConfig, *, r: int, drop: bool, w_t: bool) -> Needs:
         "BK": config.bk,
         "GROUP": config.group,
         "CHUNKS": config.chunks,
-        "PREFETCH": config.prefetch(rp, 2),
+        "PREFETCH": config.prefetch(rp, 4 if dtype == "fp32" else 2),
         "BIAS": False,
         "DROP": drop,
         "W_T": w_t,
-        "TMA": True,
+        "TMA": tma,
     }
     unit = ["stride_xk", "stride_hr", "stride_bn", "stride_yn", "stride_wk" if w_t else "stride_wn"]
-    return _compiled(gemm_kernel, types, constants, unit, config)
+    return _compiled(gemm_kernel, types, constants, unit, config, arch)
 
 
-def down(config: PassConfig, *, r: int, drop: bool, split: int) -> Needs:
-    """bfloat16; the factor's rows contiguous along K, as PyTorch stores it."""
-    x = f"tensordesc<bf16[{config.rows},{config.columns}]>" if config.tma else "*bf16"
-    out = "*bf16" if split == 1 else "*fp32"
-    types = {"x_ptr": x, "a_ptr": "*bf16", "h_ptr": out, "seed_ptr": "*i32" if drop else None, "scale": "fp32"}
+def down(config: PassConfig, *, arch: int, dtype: str, r: int, drop: bool, split: int) -> Needs:
+    """The factor's rows contiguous along K, as PyTorch stores it."""
+    types = {
+        "x_ptr": _tensor(dtype, (config.rows, config.columns) if config.tma else None),
+        "a_ptr": f"*{dtype}",
+        "h_ptr": f"*{dtype}" if split == 1 else "*fp32",
+        "seed_ptr": "*i32" if drop else None,
+        "scale": "fp32",
+    }
     constants = {"BM": config.rows, "BK": config.columns} | _pass_constants(config, r, drop, split)
-    return _compiled(down_kernel, types, constants, ["stride_xk", "stride_ak", "stride_hr"], config)
+    return _compiled(down_kernel, types, constants, ["stride_xk", "stride_ak", "stride_hr"], config, arch)
 
 
-def outer(config: PassConfig, *, r: int, drop: bool, split: int) -> Needs:
-    """bfloat16, with a float32 result."""
-    v = f"tensordesc<bf16[{config.rows},{config.columns}]>" if config.tma else "*bf16"
-    types = {"t_ptr": "*bf16", "v_ptr": v, "out_ptr": "*fp32", "seed_ptr": "*i32" if drop else None, "scale": "fp32"}
+def outer(config: PassConfig, *, arch: int, dtype: str, r: int, drop: bool, split: int) -> Needs:
+    types = {
+        "t_ptr": f"*{dtype}",
+        "v_ptr": _tensor(dtype, (config.rows, config.columns) if config.tma else None),
+        "out_ptr": "*fp32",
+        "seed_ptr": "*i32" if drop else None,
+        "scale": "fp32",
+    }
     constants = {"BM": config.rows, "BC": config.columns} | _pass_constants(config, r, drop, split)
-    return _compiled(outer_kernel, types, constants, ["stride_tr", "stride_vc", "stride_oc"], config)
+    return _compiled(outer_kernel, types, constants, ["stride_tr", "stride_vc", "stride_oc"], config, arch)
 
 
-def shipped(ranks: list[int], large: bool) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
-    """(kernel, configuration, the rest, a function that compiles it) for what a call in bfloat16 can get.
+def _tensor(dtype: str, block: tuple[int, int] | None) -> str:
+    """The type of a pointer, or of a descriptor of blocks."""
+    return f"tensordesc<{dtype}[{block[0]},{block[1]}]>" if block else f"*{dtype}"
+
+
+def shipped(arch: int, dtype: str, ranks: list[int], large: bool) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
+    """(kernel, configuration, the rest, a function that compiles it) for what a call can get.
 
     `large`: only large layers, and one layout of the weight.
     """
     sizes = [(8192, 4096, 4096)] if large else [(8192, 4096, 4096), (512, 2048, 4096), (100, 64, 64)]
+    itemsize = 4 if dtype == "fp32" else 2
     for r, drop in itertools.product(ranks, [False, True]):
+        rest = {"arch": arch, "dtype": dtype, "r": r, "drop": drop}
+        chosen = {"dropout": drop, "tma": arch >= 90 and itemsize == 2}
         for size, w_t in itertools.product(sizes, [False] if large else [False, True]):
-            config = triton_configs.gemm_config(*size, r, 2, dropout=drop)
-            yield "gemm", config, {"r": r, "drop": drop, "w_t": w_t}, gemm
-        config = triton_configs.down_config(8192, 4096, r, 2, dropout=drop)
-        yield "down", config, {"r": r, "drop": drop, "split": 2}, down
-        config = triton_configs.outer_config(8192, 4096, r, 2, dropout=drop)
-        yield "outer", config, {"r": r, "drop": drop, "split": 2}, outer
+            yield "gemm", triton_configs.gemm_config(*size, r, itemsize, **chosen), rest | {"w_t": w_t}, gemm
+        yield "down", triton_configs.down_config(8192, 4096, r, itemsize, **chosen), rest | {"split": 2}, down
+        yield "outer", triton_configs.outer_config(8192, 4096, r, itemsize, **chosen), rest | {"split": 2}, outer
 
 
 def _pass_constants(config: PassConfig, r: int, drop: bool, split: int) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def _pass_constants(config: PassConfig, r: int, drop: bool, split: int) -> dict[
 
 
 def _compiled(
-    kernel: Any, types: dict[str, str | None], constants: dict[str, Any], unit: list[str], config: Any
+    kernel: Any, types: dict[str, str | None], constants: dict[str, Any], unit: list[str], config: Any, arch: int
 ) -> Needs:
     """Sizes and strides count as multiples of 16, as for all large layers, and `unit` strides as 1."""
     constants = constants | {name: 1 for name in unit} | {name: None for name, kind in types.items() if kind is None}
@@ -120,13 +135,20 @@ def _compiled(
             attributes[(i,)] = [["tt.divisibility", 16]]
     built = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
-        target=HOPPER,
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": config.warps, "num_stages": config.stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(built.asm["ptx"])
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", str(source)]
+        command = [
+            triton.knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}",
+            "-o",
+            "/dev/null",
+            str(source),
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     assert registers and spilled, said
@@ -137,7 +159,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--arch", type=int, default=90, choices=SHARED)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     arguments = parser.parse_args()
-    for kernel, config, rest, build in shipped(arguments.ranks, arguments.large):
+    for kernel, config, rest, build in shipped(arguments.arch, arguments.dtype, arguments.ranks, arguments.large):
         needs = build(config, **rest)
         print(json.dumps({"kernel": kernel, "config": str(config), **rest, **asdict(needs)}), flush=True)
