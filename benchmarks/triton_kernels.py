@@ -72,9 +72,9 @@ def mask(m: int, k: int, rate: float) -> torch.Tensor:
         return v ^ (v >> 16)
 
     i, j = torch.arange(m, device="cuda")[:, None], torch.arange(k, device="cuda")[None]
-    word = fmix(fmix((j >> 1) ^ SEED[0]) ^ ((i * 0x9E3779B9 + SEED[1]) & 0xFFFFFFFF))
+    word = fmix(fmix(((j >> 7 << 6) | (j & 63)) ^ SEED[0]) ^ ((i * 0x9E3779B9 + SEED[1]) & 0xFFFFFFFF))
     threshold = round(rate * 65536)
-    return (((word >> (16 * (j & 1))) & 0xFFFF) >= threshold).double() * (65536 / (65536 - threshold))
+    return (((word >> (16 * (j >> 6 & 1))) & 0xFFFF) >= threshold).double() * (65536 / (65536 - threshold))
 
 
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -4,10 +4,10 @@ Letters, the same in every kernel file:
     M tokens    K input features    N output features    R rank
 
 All kernels and the XLA twin compute the same bits, so the mask that the forward pass used can be had again in the
-backward pass, under rematerialisation and on a shard. One 32-bit word serves two neighbouring columns:
+backward pass, under rematerialisation and on a shard. One 32-bit word serves two columns 64 apart (`counter_bits`):
 
-    word(i, p) = fmix(fmix(p ^ seed0) ^ (i * 0x9E3779B9 + seed1))        row i, column pair p, modulo 2**32
-    column j of pair p = j >> 1 is kept if its half of the word, (word >> 16 * (j & 1)) & 0xFFFF, is >= threshold
+    word(i, p) = fmix(fmix(p ^ seed0) ^ (i * 0x9E3779B9 + seed1))        row i, pair p = j >> 7 << 6 | j & 63
+    column j is kept if its half of the word, (word >> 16 * (j >> 6 & 1)) & 0xFFFF, is >= threshold
 
 The kernels only zero what is dropped. The factor 1 / (1 - rate) is applied to a float32 sum by whoever calls them.
 
@@ -32,17 +32,17 @@ def fmix(v):
 
 @triton.jit
 def kept(seed_ptr, rows, first_column, threshold, BM: tl.constexpr, BC: tl.constexpr):
-    """Whether each element of a (BM, BC) tile is kept. `rows`: BM local row numbers; `first_column`: local, even.
+    """Whether each element of a (BM, BC) tile is kept. `rows`: BM local row numbers; `first_column`: local.
 
-    `seed_ptr`: four int32 words on the device: the two of the seed, then the global row and the global (even)
-    column of the matrix's first element.
+    `seed_ptr`: four int32 words on the device: the two of the seed, then the global row and column of the
+    matrix's first element.
     """
     seed0 = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     seed1 = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     row0 = tl.load(seed_ptr + 2).to(tl.uint32, bitcast=True)
     column0 = tl.load(seed_ptr + 3).to(tl.uint32, bitcast=True)
-    pairs = ((column0 + first_column) >> 1) + tl.arange(0, BC // 2).to(tl.uint32)
+    columns = column0 + first_column + tl.arange(0, BC).to(tl.uint32)
+    pairs = ((columns >> 7) << 6) | (columns & 63)
     keys = (row0 + rows.to(tl.uint32)) * 0x9E3779B9 + seed1
     words = fmix(fmix(pairs ^ seed0)[None, :] ^ keys[:, None])
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (BM, BC)) >= threshold
+    return ((words >> (((columns >> 6) & 1) * 16)[None, :]) & 0xFFFF) >= threshold

@@ -50,8 +50,8 @@ def mask(m: int, k: int, rate: float, *, row: int = 0, column: int = 0, seed: tu
 
     i = np.arange(row, row + m).astype(object)[:, None]
     j = np.arange(column, column + k).astype(object)[None]
-    word = fmix(fmix((j >> 1) ^ seed[0]) ^ ((i * 0x9E3779B9 + seed[1]) % 2**32))
-    bits = (word >> (16 * (j & 1))) & 0xFFFF
+    word = fmix(fmix(((j >> 7 << 6) | (j & 63)) ^ seed[0]) ^ ((i * 0x9E3779B9 + seed[1]) % 2**32))
+    bits = (word >> (16 * (j >> 6 & 1))) & 0xFFFF
     threshold = round(rate * 65536)
     return (bits >= threshold).astype(np.float64) * (65536 / (65536 - threshold))
 
