@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # machine that has a GPU, so that it gives the same numbers everywhere.
     if config.option.markexpr != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Likewise before anything imports triton: its kernels are then interpreted.
+        os.environ["TRITON_INTERPRET"] = "1"
     # transformers and peft look models up on their hub when they may. No test needs one.
     os.environ["HF_HUB_OFFLINE"] = "1"
 

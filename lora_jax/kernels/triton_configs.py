@@ -1,0 +1,124 @@
+"""Tile sizes of the Triton kernels, and which to take for a shape. Plain data: imports neither triton nor jax.
+
+Letters, the same in every kernel file:
+    M tokens    K input features    N output features    R rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What one program may hold: 227 KB of shared memory on Hopper, 48 registers a thread for a tail on its way.
+TAIL_REGISTERS = 48
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of `triton_gemm.gemm_kernel`. `per_sm`: persistent programs on a multiprocessor; 0: one program a tile."""
+
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    warps: int
+    group: int = 8
+    chunks: int = 1
+    per_sm: int = 1
+
+    def prefetch(self, rp: int, itemsize: int) -> bool:
+        """Whether the registers can hold the tail's operands of padded rank `rp` during the walk over K."""
+        return (self.bm + self.bn) * rp * itemsize <= TAIL_REGISTERS * 4 * 32 * self.warps
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """Tiles of the memory-bound passes: `rows` tokens times `columns` features, read once.
+
+    `per_sm`: programs to aim for on each multiprocessor; the reduction is split to get there.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+    warps: int
+    per_sm: int = 2
+    tma: bool = True
+
+    def split(self, blocks: int, steps: int, sms: int) -> int:
+        """In how many parts to do a reduction of `steps` steps when there are `blocks` independent programs."""
+        return max(1, min(self.per_sm * sms // blocks, steps // 2))
+
+
+# The candidates of `benchmarks/triton_kernels.py`.
+GEMM = (
+    GemmConfig(128, 256, 64, stages=4, warps=8, chunks=4),
+    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=2),
+    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4, group=16),
+    GemmConfig(256, 128, 64, stages=3, warps=8, chunks=2),
+    GemmConfig(128, 128, 64, stages=4, warps=8, chunks=2),
+    GemmConfig(128, 128, 64, stages=3, warps=4, chunks=4, per_sm=2),
+)
+DOWN = (
+    PassConfig(64, 128, stages=4, warps=4),
+    PassConfig(64, 128, stages=4, warps=4, tma=False),
+    PassConfig(32, 256, stages=4, warps=4, tma=False),
+    PassConfig(64, 256, stages=3, warps=8),
+    PassConfig(128, 128, stages=3, warps=8),
+    PassConfig(128, 64, stages=4, warps=4, per_sm=3),
+)
+OUTER = (
+    PassConfig(64, 128, stages=4, warps=4),
+    PassConfig(64, 128, stages=4, warps=4, tma=False),
+    PassConfig(32, 256, stages=4, warps=4, tma=False),
+    PassConfig(64, 256, stages=3, warps=8),
+    PassConfig(128, 128, stages=3, warps=4),
+    PassConfig(64, 64, stages=4, warps=4, per_sm=4),
+)
+
+# float32 is multiplied without the matrix unit, so that it keeps its precision: small tiles, any GPU.
+_GEMM_32 = GemmConfig(64, 64, 16, stages=3, warps=8, per_sm=0)
+_PASS_32 = PassConfig(32, 32, stages=3, warps=4, tma=False)
+
+
+def padded(r: int) -> int:
+    """The rank that a kernel computes with: a power of two, and at least the 16 of the matrix unit."""
+    if not 1 <= r <= 256:
+        raise ValueError(f"rank={r}: the Triton kernels take ranks from 1 to 256")
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def gemm_config(m: int, n: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> GemmConfig:
+    """Tiles for `(m, k) x (k, n)` with a tail of rank `r`, elements of `itemsize` bytes.
+
+    `tma`: by descriptors, on Hopper. By pointers the tiles are smaller, for older GPUs and for odd strides.
+    """
+    if itemsize == 4:
+        return _GEMM_32
+    if m <= 128 or n <= 128:
+        return GemmConfig(64, 64, 64, stages=3, warps=4, per_sm=0)
+    if not tma:
+        return GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0, chunks=2 if padded(r) > 64 else 1)
+    if m * n <= 128 * 256 * 132 // 2:
+        return GEMM[4]
+    # A fourth stage does not leave the shared memory for a tail of rank 64; dropout needs the registers.
+    return GEMM[2] if dropout or padded(r) >= 64 else GEMM[0]
+
+
+def down_config(m: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
+    """Tiles for `(m, k) x (k, r)`; the rest as `gemm_config`."""
+    if itemsize == 4:
+        return _PASS_32
+    if not tma:
+        return PassConfig(64, 32 if padded(r) >= 128 else 64, stages=3, warps=4, tma=False)
+    if padded(r) >= 128:
+        return PassConfig(128, 64, stages=3, warps=8)
+    return DOWN[4] if padded(r) == 64 else DOWN[0]
+
+
+def outer_config(m: int, c: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
+    """Tiles for `(m, r).T x (m, c)`; the rest as `gemm_config`."""
+    if itemsize == 4:
+        return _PASS_32 if padded(r) < 128 else PassConfig(16, 32, stages=2, warps=8, tma=False)
+    if not tma:
+        return PassConfig(32, 64 if padded(r) >= 128 else 128, stages=3, warps=4, tma=False)
+    return PassConfig(64, 128, stages=3, warps=8) if padded(r) >= 128 else OUTER[0]
