@@ -32,8 +32,8 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
     call traces. Pass `params` as an argument of the jitted function, not as a constant it closes over.
 
     `implementation`: of the adapted products. None lets each one run on what suits the platform, its dtypes and its
-    sizes (`lora_jax.explain` shows which, and why); `"xla"` is the plain one; `"mosaic_gpu"` and `"triton"` are fused
-    GPU kernels and an error, with the reason, for a product that they can't compute.
+    sizes (`lora_jax.explain` shows which, and why); `"xla"` is the plain one; `"mosaic_gpu"` are fused
+    kernels for Hopper GPUs and an error, with the reason, for a product that they can't compute.
 
     **Arguments of the result:**
 

@@ -1,7 +1,7 @@
 """An experiment, not shipped: `y = x·W + (x·A)·B` in one Hopper kernel, for ranks up to 16.
 
-Letters and pipeline as in `lora_jax/kernels/mosaic_gemm.py`. A pass of its own over `x` costs 4 to 7 % of the product at
-N = 4096. Here the first tiles compute `h = x·A` from what lies in shared memory anyway:
+Letters and pipeline as in `lora_jax/kernels/mosaic_gemm.py`. A pass of its own over `x` costs 4 to 7 % of the product
+at N = 4096. Here the first tiles compute `h = x·A` from what lies in shared memory anyway:
 
     The tiles of the first columns come first, as many columns as fill the chip once. The cluster of column `c` sums its
     share of `h` over the c-th part of K, each of its two CTAs for half of the rows, writes it as float32, and signals.
