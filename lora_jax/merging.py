@@ -35,11 +35,11 @@ def unmerge(params: Any, adapter: Adapter) -> Any:
 
     **Raises:** as `merge`; and `ValueError` for `modules_to_save`, whose former values are not in the adapter.
     """
-    if full := [site.name for site in adapter.sites if site.is_full]:
+    if isinstance(adapter, Adapter) and (full := [site.name for site in adapter.sites if site.is_full]):
         raise ValueError(
             f"cannot unmerge {', '.join(full)}: they were replaced, not added to. Keep the base parameters."
         )
-    return _fold(params, adapter, -1.0)
+    return _fold(params, adapter, -1.0, "unmerge")
 
 
 def delta(site: Site, a: Any, b: Any) -> jax.Array:
@@ -53,10 +53,10 @@ def delta(site: Site, a: Any, b: Any) -> jax.Array:
     return (site.scale * product).reshape(site.shape)
 
 
-def _fold(params: Any, adapter: Adapter, sign: float) -> Any:
+def _fold(params: Any, adapter: Adapter, sign: float, what: str = "merge") -> Any:
     if not isinstance(adapter, Adapter):
         raise TypeError(
-            f"`merge` needs an Adapter, which knows ranks and roles, got {type(adapter).__name__}; "
+            f"`{what}` needs an Adapter, which knows ranks and roles, got {type(adapter).__name__}; "
             "wrap a plain tree with `Adapter.from_leaves(leaves, plan.sites)`."
         )
     adapter = as_adapter(adapter, adapter.sites)

@@ -51,7 +51,8 @@ class Site:
       `modules_to_save`, which has no factors).
     - `atoms`, `roles`: the parameter's axes in row-major order and one letter of `l i o` each.
     - `rank`, `alpha`, `rslora`: scale is `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
-    - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups.
+    - `kernel_spec`, `groups`: for `"conv"`, the positions (out, in, *spatial) and feature groups; no positions for a
+      reshaped kernel or a transposed convolution, which have no form in PEFT.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
       as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
     """

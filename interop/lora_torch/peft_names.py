@@ -174,7 +174,10 @@ def _place(site: Site, naming: Naming) -> Placement:
             f"`{site.name}` is only a part of `{target.names[0]}`; PEFT adapts whole tensors. Leave it out."
         )
     if site.op == "conv" and site.kernel_spec is None:
-        raise ValueError(f"`{site.name}`: this convolution reads a reshaped kernel, which PEFT cannot adapt.")
+        raise ValueError(
+            f"`{site.name}`: this convolution reads a reshaped kernel or is a transposed convolution, which PEFT "
+            "cannot adapt; leave it out."
+        )
     layouts = [layout for layout in target.layouts if _accepts(site, target, layout)]
     if not layouts:
         raise ValueError(

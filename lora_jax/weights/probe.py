@@ -162,7 +162,9 @@ class Probe:
         spec = eqn.params["dimension_numbers"].rhs_spec
         roles = {atom: "o" if d == spec[0] else "i" for d, dim in enumerate(w.dims) for atom in dim}
         whole = all(len(dim) == 1 and dim[0].stride == 1 for dim in w.dims)
-        axes = tuple(w.dims[d][0].axis for d in spec) if whole else None
+        # A convolution that spreads its input is a transposed one, to which PyTorch gives another kernel.
+        spreads = any(step != 1 for step in eqn.params["lhs_dilation"])
+        axes = tuple(w.dims[d][0].axis for d in spec) if whole and not spreads else None
         self._add("conv", w, roles, drops=True, kernel_spec=axes, groups=eqn.params["feature_group_count"])
         return _result(eqn)
 

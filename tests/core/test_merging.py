@@ -184,8 +184,9 @@ def test_saved_modules_are_replaced():
 
 def test_what_does_not_fit_is_refused():
     params, plan, adapter = planned("float32", target_modules=["dense"])
-    with pytest.raises(TypeError, match="needs an Adapter, which knows ranks and roles, got dict"):
-        lj.merge(params, adapter.to_dict())
+    for undo in ("merge", "unmerge"):
+        with pytest.raises(TypeError, match=f"`{undo}` needs an Adapter, which knows ranks and roles, got dict"):
+            getattr(lj, undo)(params, adapter.to_dict())
     with pytest.raises(ValueError, match=r"`dense.kernel` is \(5, 6\), planned \(6, 5\)"):
         lj.merge({**params, "dense": {"kernel": params["dense"]["kernel"].T}}, adapter)
     with pytest.raises(ValueError, match="`dense.kernel` is missing"):

@@ -179,6 +179,14 @@ REFUSED: dict[str, tuple[Any, Callable[..., Any], Naming, str]] = {
         Naming(layouts={"up.kernel": "conv_transpose"}),
         "is a transposed convolution, which PEFT cannot adapt",
     ),
+    "a transposed convolution whose name does not say so": (
+        {"up": {"kernel": jnp.ones((3, 4, 4))}},
+        lambda p, x: jax.lax.conv_transpose(
+            x[None], p["up"]["kernel"], (2,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        Naming(preset="linen"),
+        "is a transposed convolution, which PEFT cannot adapt",
+    ),
     "a raw table": (
         {"table": jnp.ones((9, 3))},
         lambda p, x: p["table"][x[:, 0].astype(int)],
