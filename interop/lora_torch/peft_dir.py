@@ -112,6 +112,7 @@ def save_peft(
     for module in modules:
         key_a, key_b = keys[module.name]
         tensors[key_a], tensors[key_b] = module.factors.a, module.factors.b
+    _check_finite(tensors)
     card = model_card
     if card is True:
         count = sum(int(np.prod(value.shape)) for value in tensors.values())
@@ -145,6 +146,16 @@ def _check_dtypes(arrays: Sequence[np.ndarray]) -> None:
         raise ValueError(
             f"PEFT reads {', '.join(np.dtype(dtype).name for dtype in FLOATS.values())}, not {', '.join(wrong)}; cast "
             "first, `jax.tree.map(lambda x: x.astype('float32'), adapter)`"
+        )
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """A run that diverged must not be handed over as a success: every reader would load it without a word."""
+    if wrong := [name for name, value in tensors.items() if not np.isfinite(value.astype(np.float32)).all()]:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{len(wrong)} of {len(tensors)} tensors hold NaN or infinite numbers: {', '.join(wrong[:3])}{more}. The "
+            "training diverged; export an earlier checkpoint."
         )
 
 

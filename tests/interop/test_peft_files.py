@@ -100,6 +100,19 @@ def test_dtypes_without_a_place_are_refused(directory: Path) -> None:
     assert load_peft(directory, plan_of().sites, dtype="float32").sites == plan_of().sites
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_adapter_is_not_written(value, tmp_path):
+    plan = plan_of()
+    adapter = plan.init(jax.random.key(0))
+    save_peft(adapter, tmp_path / "finite", plan)
+    spoilt = [leaf.at[0, 0].set(value) if i == 1 else leaf for i, leaf in enumerate(jax.tree.leaves(adapter))]
+    adapter = jax.tree.unflatten(jax.tree.structure(adapter), spoilt)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors hold NaN or infinite .*lora_[AB]\.weight.*diverged"):
+        save_peft(adapter, tmp_path / "out", plan)
+    assert not (tmp_path / "out").exists()
+
+
+
 def test_a_scale_that_leaves_the_range_of_float16_is_no_infinity(tmp_path: Path) -> None:
     plan = plan_of(alpha=2e5, dtype="float16")
     adapter = random_adapter(plan)
