@@ -43,7 +43,7 @@ def both(threshold, transposed, x, w, a, b, dy, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("problem", problems(), ids=str)
+@pytest.mark.parametrize("problem", list(problems()), ids=str)
 def test_linear(problem):
     """Within the bound, the same bits twice, and nothing of what lay in the buffers before."""
     x, w, a, b, dy = problem.operands()
