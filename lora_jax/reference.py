@@ -92,6 +92,40 @@ def lora_dot_gradients(
     return {name: (exact[name], magnitude[name]) for name in exact}
 
 
+def fused(
+    x: np.ndarray,
+    w: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    dy: np.ndarray,
+    dtype: Any,
+    scale: float = 1.0,
+    mask: np.ndarray | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`{"y" | "x" | "a" | "b": (value, bound on |error|)}` of `lora_dot` and its gradients by fused kernels.
+
+    These round to `dtype` only `h = scale·(mask*x)·A`, `g = scale·dy·Bᵀ`, `y` and the gradient of `x`, each once, and
+    sum in float32. So the bound takes the exact `|h|`, `|g|` and results where `tolerance` takes sums of magnitudes:
+    it stays below a small part of the adapter's effect at any size.
+
+    **Source:** as for `tolerance`.
+    """
+    want, magnitude = lora_dot(x, w, a, b, scale, mask)
+    gradients = lora_dot_gradients(x, w, a, b, scale, dy, mask)
+    x, a, b, dy = (np.asarray(v).astype(np.float64) for v in (x, a, b, dy))
+    keep = np.ones_like(x) if mask is None else mask
+    h, g = abs(scale * (x * keep) @ a), abs(scale * dy @ b.T)
+    once, summed = unit_roundoff(dtype), (x.shape[0] + sum(w.shape) + a.shape[1]) * unit_roundoff(np.float32)
+    rounded = {
+        "y": abs(want) + h @ abs(b),
+        "x": abs(gradients["x"][0]) + keep * (g @ abs(a).T),
+        "a": abs(x * keep).T @ g,
+        "b": h.T @ abs(dy),
+    }
+    exact = {"y": (want, magnitude), **gradients}
+    return {name: (exact[name][0], once * error + summed * exact[name][1]) for name, error in rounded.items()}
+
+
 def delta(site: Site, a: Any, b: Any) -> np.ndarray:
     """`scale * sum_r A[l, i, r] * B[l, r, o]` in the shape of the site's parameter."""
     letter = _letters(site)

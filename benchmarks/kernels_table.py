@@ -1,0 +1,136 @@
+"""The measured tables of `docs/kernels.md`, from the lines that `kernels.py` wrote.
+
+    python benchmarks/kernels_table.py --write docs/kernels.md
+
+Reads `benchmarks/results/kernels.jsonl` and `train_step.jsonl`; of a row measured more than once, the last. Without
+`--write`, prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- tables: benchmarks/kernels_table.py -->\n", "<!-- end of tables -->"
+Row = dict[str, Any]
+# Column heading -> (pass, row).
+COLUMNS = {
+    "XLA LoRA, forward": ("forward", "XLA LoRA"),
+    "kernels, forward": ("forward", "kernels"),
+    "XLA LoRA, f + b": ("forward + backward", "XLA LoRA"),
+    "kernels, f + b": ("forward + backward", "kernels"),
+    "XLA LoRA, f + b, dropout": ("forward + backward", "XLA LoRA, dropout"),
+    "kernels, f + b, dropout": ("forward + backward", "kernels, dropout"),
+}
+FEW_ROWS = 1024
+
+
+def read(path: Path) -> list[Row]:
+    """The last measurement of each row, in the order of the first."""
+    if not path.exists():
+        return []
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    return list({(shape_of(row), row["pass"], row["row"]): row for row in rows}.values())
+
+
+def shape_of(row: Row) -> tuple[int, ...]:
+    return tuple(row.get(name, 0) for name in "mknr")
+
+
+def source(rows: list[Row]) -> str:
+    """On what, with what and when: once for each combination."""
+    found = dict.fromkeys("{gpu}, jax {jax}, commit {commit}, {date}".format(**row) for row in rows)
+    return "Measured on " + "; ".join(found) + ".\n"
+
+
+def aligned(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
+
+
+def ratios(rows: list[Row], *, few: bool) -> str:
+    """One line a shape, and the geometric mean of each column where every shape has it."""
+    by = {(shape_of(row), row["pass"], row["row"]): row for row in rows}
+    shapes = [s for s in dict.fromkeys(map(shape_of, rows)) if (s[0] <= FEW_ROWS) == few]
+    lines, columns = [], {name: [] for name in COLUMNS}
+    for shape in shapes:
+        base = [by.get((shape, each, "XLA frozen")) for each in ("forward", "forward + backward")]
+        cells = ["{}, {}, {}, {}".format(*shape), " / ".join(f"{row['median_us']:.0f}" if row else "" for row in base)]
+        for name, key in COLUMNS.items():
+            row = by.get((shape, *key))
+            if row:
+                columns[name].append(row["ratio"])
+            cells.append("{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_spread"]) if row else "")
+        lines.append(cells)
+    if not few and len(shapes) > 1:
+        means = [
+            f"**{math.prod(column) ** (1 / len(column)):.3f}**" if len(column) == len(shapes) else ""
+            for column in columns.values()
+        ]
+        lines.append(["geometric mean", "", *means])
+    return aligned(["M, K, N, R", "XLA frozen, µs, forward / f + b", *COLUMNS], lines) if lines else ""
+
+
+def alone(rows: list[Row]) -> str:
+    lines = [
+        [
+            "{}, {}, {}, {}".format(*shape_of(row)),
+            row["row"],
+            f"{row['median_us']:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['tflops']:.0f}",
+            f"{row['tb_per_s']:.2f}" if "tb_per_s" in row else "",
+        ]
+        for row in rows
+        if row["pass"] == "alone"
+    ]
+    header = ["M, K, N, R", "kernel", "µs", "ratio to the frozen forward", "TFLOP/s", "TB/s read"]
+    return aligned(header, lines) if lines else ""
+
+
+def training(rows: list[Row]) -> str:
+    lines = [
+        [
+            row["pass"].removeprefix("training step, "),
+            row["row"],
+            f"{row['median_us'] / 1000:.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['tokens_per_s']:,}",
+            f"{row['planned_bytes'] / 1e9:.2f}",
+        ]
+        for row in rows
+    ]
+    return aligned(["layers", "step", "ms", "ratio to the floor", "tokens/s", "GB planned by XLA"], lines)
+
+
+def tables() -> str:
+    kernels, train = read(RESULTS / "kernels.jsonl"), read(RESULTS / "train_step.jsonl")
+    parts = []
+    if kernels:
+        parts.append(source(kernels) + "Ratios to XLA's frozen linear; in brackets the middle half of the rounds.\n")
+        parts += [ratios(kernels, few=False)]
+        parts += ["Few rows:\n", ratios(kernels, few=True)] if ratios(kernels, few=True) else []
+        parts += ["Each kernel alone:\n", alone(kernels)] if alone(kernels) else []
+    if train:
+        parts += ["A training step (`--train`). " + source(train), training(train)]
+    return "\n".join(part for part in parts if part)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the page whose tables to replace")
+    page, text = parser.parse_args().write, tables()
+    if page is None:
+        print(text, end="")
+        return
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Every different kernel that the table of tiles asks for at the sizes of the benchmark, to lower or to compile.
+
+Different in tiles, in masking or in the layout of the weight; how often a sum is split only counts as split or whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.kernels import tuned
+from lora_jax.kernels.gemm_config import in_ring
+from lora_jax.kernels.mosaic_down import down
+from lora_jax.kernels.mosaic_gemm import gemm
+from lora_jax.kernels.mosaic_outer import outer
+
+SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (2048, 2048, 8192), (16384, 8192, 8192)]
+RANKS = (16, 64, 128, 192, 256)  # as padded
+SMS, THRESHOLD = 132, 3277
+Shape = tuple[tuple[int, ...], Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel at one size: `run(*operands)` with operands of these shapes and dtypes."""
+
+    name: str
+    run: Callable[..., Any]
+    operands: tuple[Shape, ...]
+
+
+def kernels(rank: int, dtype: Any = jnp.bfloat16) -> Iterator[Kernel]:
+    """Of several sizes that need the same kernel the first."""
+    seen = set()
+    for m, k, n in SHAPES:
+        for contracted, out in ((k, n), (n, k)):
+            for kernel, key in _kernels(m, contracted, out, rank, dtype):
+                if key not in seen:
+                    seen.add(key)
+                    yield kernel
+
+
+def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Kernel, Any]]:
+    ring = in_ring(rank)
+    x, thin, seed = ((m, k), dtype), ((m, rank) if ring else (rank, m), dtype), ((4,), jnp.int32)
+    for masked in (False, True):
+        drops: tuple[Shape, ...] = (seed,) if masked else ()
+
+        def options(given: tuple[Any, ...]) -> dict[str, Any]:
+            return {"seed": given[0], "threshold": THRESHOLD} if given else {}
+
+        for transposed in (False, True):
+            config = tuned.gemm_config(m, k, n, rank, dropped=masked)
+
+            def product(x, w, thin, tail, *seed, config=config, transposed=transposed):
+                return gemm(x, w, thin, tail, config, transposed=transposed, **options(seed))
+
+            w = ((n, k) if transposed else (k, n), dtype)
+            tail = ((n, rank) if transposed and ring else (rank, n), dtype)
+            yield _named("gemm", product, config, rank, masked, (x, w, thin, tail, *drops), transposed)
+        down_config = _split(tuned.down_config(m, k, rank, SMS))
+        outer_config = _split(tuned.outer_config(m, k, rank, SMS))
+
+        def thin_product(x, a, *seed, config=down_config):
+            return down(x, a, config, **options(seed))
+
+        def outer_product(x, g, *seed, config=outer_config):
+            return outer(x, g, config, **options(seed))
+
+        yield _named("down", thin_product, down_config, rank, masked, (x, ((rank, k), dtype), *drops))
+        yield _named("outer", outer_product, outer_config, rank, masked, (x, thin, *drops))
+
+
+def _split(config: Any) -> Any:
+    return replace(config, splits=min(config.splits, 2))
+
+
+def _named(
+    kind: str, run: Any, config: Any, rank: int, masked: bool, operands: tuple[Shape, ...], transposed: bool = False
+) -> tuple[Kernel, Any]:
+    words = [kind, f"R={rank}", *(["transposed"] if transposed else []), *(["masked"] if masked else []), str(config)]
+    return Kernel(" ".join(words), run, operands), tuple(words)
+
+
+def abstract(kernel: Kernel, **options: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, dtype, **options) for shape, dtype in kernel.operands]

@@ -1,0 +1,186 @@
+"""The Hopper kernels under Pallas' GPU interpreter, on a CPU: tiny sizes, each way to cut and share the work."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lora_jax import reference
+from lora_jax.kernels import mosaic_lora
+from lora_jax.kernels.gemm_config import GemmConfig, in_ring
+from lora_jax.kernels.mosaic_down import DownConfig, down
+from lora_jax.kernels.mosaic_gemm import gemm
+from lora_jax.kernels.mosaic_outer import OuterConfig, outer
+from tests.kernels.problems import BF16, F16, Problem, mask, normal, seed_words
+
+INTERPRET = plgpu.InterpretGPUParams()
+THRESHOLD = 26214  # 40 % dropped: a forgotten mask shows
+Gemm = functools.partial(GemmConfig, tile_m=64, tile_n=64, stages=2, cluster="")
+
+
+def check(got, want, magnitude, terms, dtype, mistakes):
+    """Within the bound, and no mistake is."""
+    bound = reference.tolerance(dtype, terms) * magnitude
+    assert reference.excess(got, want, bound) <= 1
+    for name, wrong in mistakes.items():
+        assert reference.excess(wrong, want, bound) > 1, name
+
+
+def drop_options(masked, origin=(0, 0)):
+    return {"seed": jnp.asarray(seed_words(origin=origin)), "threshold": THRESHOLD} if masked else {}
+
+
+def wide(*arrays):
+    return (array.astype(np.float64) for array in arrays)
+
+
+@pytest.mark.parametrize(
+    "m, k, n, rank, config, transposed, masked, dtype",
+    [
+        # Two turns for a CTA, a tail of its own, a shared operand; ragged rows.
+        (184, 192, 192, 16, Gemm(cluster="n"), False, False, BF16),
+        (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, F16),
+        # Two turns for each of the teams.
+        (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, BF16),
+        (120, 256, 192, 128, Gemm(split="", stages=3), True, True, BF16),
+        (128, 192, 128, 64, Gemm(split="n"), True, False, F16),
+        (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16),
+        (136, 192, 128, 64, Gemm(store_n=64), False, True, BF16),
+    ],
+)
+def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
+    x, w = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype, spread=k**-0.5, seed=1)
+    thin, tail = normal(m, rank, dtype=dtype, seed=2), normal(rank, n, dtype=dtype, seed=3)
+    operands = (
+        x,
+        w.T.copy() if transposed else w,
+        thin if in_ring(rank) else thin.T.copy(),
+        tail.T.copy() if transposed and in_ring(rank) else tail,
+    )
+    got = gemm(*operands, config, transposed=transposed, sms=2, interpret=INTERPRET, **drop_options(masked))
+
+    x, w, thin, tail = wide(x, w, thin, tail)
+    base, low = x @ w, thin @ tail
+    kept = mask((m, n), THRESHOLD) if masked else 1.0
+    want, magnitude = base + kept * low, abs(x) @ abs(w) + kept * (abs(thin) @ abs(tail))
+    mistakes = {"no tail": base, "half the tail": base + kept * low / 2, "no product": kept * low}
+    if masked:
+        mistakes |= {"no mask": base + low, "all masked": kept * (base + low)}
+    check(got, want, magnitude, k + rank, dtype, mistakes)
+
+
+@pytest.mark.parametrize(
+    "m, k, rank, config, masked",
+    [
+        (72, 320, 16, DownConfig(stages=4, depth=64), True),
+        (128, 192, 64, DownConfig(stages=2, depth=64, workers=1), False),
+        (64, 384, 16, DownConfig(stages=4, depth=128, splits=2), True),
+    ],
+)
+def test_down(m, k, rank, config, masked):
+    x, a = normal(m, k), normal(k, rank, spread=k**-0.5, seed=1)
+    got = down(x, a.T.copy(), config, interpret=INTERPRET, **drop_options(masked))
+    got = np.asarray(got if in_ring(rank) else got.T)
+    assert got.shape[0] % 64 == 0 and not got[m:].any()
+    x, a = wide(x, a)
+    kept = mask(x.shape, THRESHOLD) if masked else 1.0
+    mistakes = {"half": (kept * x) @ a / 2, "a shorter sum": (kept * x)[:, 64:] @ a[64:]}
+    if masked:
+        mistakes |= {"no mask": x @ a, "not rescaled": (1.0 * (kept > 0) * x) @ a}
+    check(got[:m], (kept * x) @ a, (kept * abs(x)) @ abs(a), k, BF16, mistakes)
+
+
+@pytest.mark.parametrize(
+    "m, k, rank, config, masked",
+    [
+        (200, 192, 16, OuterConfig(stages=4, splits=2), True),
+        (136, 128, 64, OuterConfig(columns=64, stages=2, workers=1, splits=1), False),
+    ],
+)
+def test_outer(m, k, rank, config, masked):
+    x, g = normal(m, k), normal(m, rank, seed=1)
+    padded = np.pad(g, ((0, -m % 64), (0, 0)))
+    thin = padded if in_ring(rank) else padded.T.copy()
+    got = outer(x, thin, config, interpret=INTERPRET, **drop_options(masked))
+    x, g = wide(x, g)
+    kept = mask(x.shape, THRESHOLD) if masked else 1.0
+    mistakes = {"half": (kept * x).T @ g / 2, "a shorter sum": (kept * x)[64:].T @ g[64:]}
+    if masked:
+        mistakes |= {"no mask": x.T @ g, "not rescaled": (1.0 * (kept > 0) * x).T @ g}
+    # Nothing is rounded on the way, so the bound is that of float32 sums.
+    check(got, (kept * x).T @ g, (kept * abs(x)).T @ abs(g), m, np.float32, mistakes)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(m=61, k=318, n=309, r=5, transposed=True, threshold=THRESHOLD),
+        Problem(m=64, k=320, n=320, r=20),
+    ],
+    ids=str,
+)
+def test_linear(problem):
+    """With the tiles that ship, on ragged and on aligned sizes."""
+    x, w, a, b, dy = (jnp.asarray(v) for v in problem.operands())
+    w = w.T if problem.transposed else w
+    options = {"transposed": problem.transposed, "sms": 2, "interpret": INTERPRET}
+    drop = mosaic_lora.Drop(jnp.asarray(seed_words()), THRESHOLD) if problem.threshold else None
+    y, h = mosaic_lora.forward(x, w, a, b, drop, **options)
+    dx, da, db = mosaic_lora.backward(dy, x, w, a, b, h, drop, **options)
+    assert (y.dtype, dx.dtype, da.dtype, db.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
+    problem.check({"y": y, "x": dx, "a": da, "b": db})
+
+
+def test_a_shard_draws_its_part_of_the_mask():
+    """Down of a block that starts at row 3 and column 128 of the whole."""
+    x, a = normal(67, 320), normal(320, 16, spread=320**-0.5, seed=1)
+    part, a_part = x[3:, 128:].copy(), a[128:].copy()
+    config = DownConfig(stages=4, depth=64)
+    got = down(part, a_part.T.copy(), config, interpret=INTERPRET, **drop_options(True, origin=(3, 128)))
+    x, part, a_part = wide(x, part, a_part)
+    kept = mask(x.shape, THRESHOLD)
+    want, magnitude = (kept * x)[3:, 128:] @ a_part, (kept * abs(x))[3:, 128:] @ abs(a_part)
+    elsewhere = (kept[:64, :192] * part) @ a_part
+    check(np.asarray(got).T[:64], want, magnitude, 192, BF16, {"the mask of another place": elsewhere})
+
+
+def races(kernel, *operands, **options) -> bool:
+    try:
+        kernel(*operands, interpret=plgpu.InterpretGPUParams(detect_races=True), **options).block_until_ready()
+    except jax.errors.JaxRuntimeError as error:  # a jax of 0.12 stops at once
+        if "RACE DETECTED" not in str(error):
+            raise
+        return True
+    return interpret_pallas_call.get_races().races_found
+
+
+def test_no_races():
+    """Loads, products and stores of two tiles by a CTA, in the order that the barriers leave open."""
+    x, w, thin, tail = normal(128, 192), normal(192, 128), normal(16, 128), normal(16, 128)
+    assert not races(gemm, x, w, thin, tail, Gemm(), sms=1)
+
+
+def test_a_race_would_be_noticed():
+    def unordered(x, *, interpret):
+        """Both warpgroups write one buffer, and nothing orders them."""
+
+        def body(x_g, y_g, shared):
+            shared[...] = x_g[...]
+            y_g[...] = shared[...]
+
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            scratch_types={"shared": plgpu.SMEM(x.shape, x.dtype)},
+            num_threads=2,
+            thread_name="wg",
+            interpret=interpret,
+        )(x)
+
+    assert races(unordered, normal(128, dtype=np.float32))

@@ -1,0 +1,63 @@
+"""Every kernel that the table of tiles asks for lowers for a CUDA GPU, on every supported jax and without a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lora_jax.kernels import mosaic_lora
+from tests.kernels import shipped
+
+CALL = "custom_call @mosaic_gpu_v2"
+
+
+def custom_calls(fn, *operands) -> int:
+    return lowered(fn, *operands).count(CALL)
+
+
+def lowered(fn, *operands) -> str:
+    return jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("rank", shipped.RANKS)
+def test_shipped_kernels_lower(rank):
+    found = list(shipped.kernels(rank))
+    assert {kernel.name.split()[0] for kernel in found} == {"gemm", "down", "outer"}
+    for kernel in found:
+        assert custom_calls(kernel.run, *shipped.abstract(kernel)) == 1, kernel.name
+
+
+def test_unwanted_gradients_cost_nothing():
+    x, w, a, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 512), (512, 512), (512, 16), (16, 512)))
+
+    def backward(wants, x, w, a, b):
+        return mosaic_lora.backward(x, x, w, a, b, x[:16], wants=wants)
+
+    calls = {"x": 2, "a": 2, "b": 1}  # `dx` and `dA` need `g`
+    for wanted, count in calls.items():
+        only = mosaic_lora.Wants(**{name: name == wanted for name in calls})
+        assert custom_calls(functools.partial(backward, only), x, w, a, b) == count, wanted
+
+
+def test_linear_is_two_kernels_forward_and_four_backward():
+    m, k, n, r, f16 = 1000, 1024, 1040, 5, jnp.float16
+    shapes = [(m, k), (k, n), (k, r), (r, n), (m, n)]
+    operands = [jax.ShapeDtypeStruct(shape, f16) for shape in shapes]
+    seed = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def forward(x, w, a, b, _, seed):
+        return mosaic_lora.forward(x, w, a, b, mosaic_lora.Drop(seed, 3277))
+
+    def backward(x, w, a, b, dy, seed):
+        y, h = forward(x, w, a, b, dy, seed)
+        return mosaic_lora.backward(dy, x, w, a, b, h, mosaic_lora.Drop(seed, 3277))
+
+    assert custom_calls(forward, *operands, seed) == 2
+    # Of the forward pass, `h` alone is computed again here.
+    text = lowered(backward, *operands, seed)
+    assert text.count(CALL) == 5
+    # Nothing is multiplied or drawn outside of the kernels.
+    assert "stablehlo.dot_general" not in text and "stablehlo.rng" not in text
