@@ -78,4 +78,8 @@ def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig, *, masked
         return f"K={k} is shorter than the ring of {config.stages} stages of {K_TILE}"
     if masked and in_ring(rank) and rank // K_TILE >= config.stages:
         return f"a masked tail of R={rank} fills the ring of {config.stages} stages"
+    if masked and in_ring(rank) and config.store_n % K_TILE:
+        return f"a masked tail of R={rank} is cut as it lies, in {K_TILE} columns, not {config.store_n}"
+    if config.delay > 1 or (config.tile_m // 64 * (config.tile_n // config.store_n)) % config.store_slots:
+        return f"{config}: at most one product is left in flight, and the stores of a tile use each slot equally often"
     return None

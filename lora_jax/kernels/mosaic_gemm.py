@@ -13,7 +13,7 @@ of 64, as deep as a step. A thinner one has shared memory of its own, filled dur
 (`thin` as (R, M), `tail` as (R, N)), so that its rows are long enough to copy. Either costs R/K of the product and no
 second pass over `y`.
 
-Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_gemm.py`.
+Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_interpret.py`.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _kernel(
                     if j is None and c.split != "n":
                         return mosaic.transpose(w_s.at[slot])
                     return mosaic.transpose(w_s.at[slot, pl.ds(wg * my_n + (j or 0), width or c.tile_n)])
-                return w_s.at[slot, wg if c.split == "n" else 0]
+                mine = w_s.at[slot, wg if c.split == "n" else 0]
+                return mine if j is None else mine.at[:, pl.ds(j, width)]
 
             def tail_lhs(i=None):
                 if i is None and c.split != "m":

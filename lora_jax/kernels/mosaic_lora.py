@@ -22,8 +22,8 @@ from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
 
-# Measured down to this many (benchmarks/results/kernels.jsonl).
-LEAST_ROWS = 1024
+# At 256 rows XLA is the faster (benchmarks/results/kernels.jsonl); between there and here nothing was measured.
+LEAST_ROWS = 2048
 
 
 class Drop(NamedTuple):
@@ -123,8 +123,8 @@ def backward(
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rows, k, n, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
     dy = _pad(dy, rows, n)
-    # The copy engine steps by 16 bytes.
-    h = _pad(h, rank, max(rows, h.shape[1])) if not in_ring(rank) else _pad(h, max(rows, h.shape[0]), rank)
+    # Rank-major it is copied in tiles of 64 rows.
+    h = _pad(h, max(h.shape[0], rows), rank) if in_ring(rank) else _pad(h, rank, -(-h.shape[1] // 64) * 64)
     options = {} if drop is None else drop._asdict()
     dx = da = db = None
     if wants.x or wants.a:

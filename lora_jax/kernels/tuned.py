@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from lora_jax.kernels.gemm_config import SHARED_BYTES, GemmConfig, padded_rank
+from lora_jax.kernels.gemm_config import SHARED_BYTES, GemmConfig, in_ring, padded_rank
 from lora_jax.kernels.mosaic_down import DownConfig
 from lora_jax.kernels.mosaic_outer import OuterConfig
 
 
 def gemm_config(m: int, k: int, n: int, rank: int, *, dropped: bool = False) -> GemmConfig:
-    # A masked tail keeps its slots until the tile is stored: four of the ring's for a rank of 256.
-    if dropped and rank > 128:
-        return GemmConfig(tile_m=64, stages=6)
+    # A masked tail is cut where the weight's swizzle allows it, every 64 columns, and keeps its slots until the tile is
+    # stored: four of the ring's for a rank of 256.
+    if dropped and in_ring(padded_rank(rank)):
+        return GemmConfig(tile_m=64, stages=6, store_n=64) if rank > 128 else GemmConfig(store_n=64)
     return GemmConfig()
 
 

@@ -112,7 +112,6 @@ def test_a_diverged_adapter_is_not_written(value, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-
 def test_a_scale_that_leaves_the_range_of_float16_is_no_infinity(tmp_path: Path) -> None:
     plan = plan_of(alpha=2e5, dtype="float16")
     adapter = random_adapter(plan)

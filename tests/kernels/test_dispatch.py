@@ -75,7 +75,6 @@ def test_values_and_gradients(rows, r, dropped, dtype):
 
 @pytest.mark.parametrize("asked", [(0,), (2,), (3,), (2, 3)])
 def test_only_gradients_asked_for(asked):
-    """And what none of them needs is not kept: x, where only B trains."""
     args = operands()
     with reference_kernels.installed():
 
@@ -88,10 +87,6 @@ def test_only_gradients_asked_for(asked):
     for i, g in zip(asked, got, strict=True):
         want, magnitude = wanted["xwab"[i]]
         assert reference.excess(g, want, reference.tolerance(BF16, 100) * magnitude) <= 1
-    with reference_kernels.installed():
-        x, w, a, b = args
-        _, vjp = jax.vjp(lambda b: lora_dot(x, w, a, b, implementation="reference"), b)
-    assert (5, 70) not in [leaf.shape for leaf in jax.tree.leaves(vjp)]
 
 
 # (function, weight, data): products that are ones of matrices as they stand, and whether the weight lies transposed.

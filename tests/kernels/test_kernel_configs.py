@@ -42,6 +42,9 @@ def test_padded_rank(rank, padded):
         (1024, 1024, 1024, 16, {"stages": 5}, False, r"needs \d+ bytes of shared memory, more than 231424"),
         (1024, 256, 1024, 16, {}, False, "K=256 is shorter than the ring of 4 stages of 64"),
         (1024, 1024, 1024, 256, {}, True, "a masked tail of R=256 fills the ring of 4 stages"),
+        (1024, 1024, 1024, 64, {}, True, "a masked tail of R=64 is cut as it lies, in 64 columns, not 32"),
+        (1024, 1024, 1024, 16, {"delay": 2}, False, "at most one product is left in flight"),
+        (1024, 1024, 1024, 64, {"tile_m": 64, "tile_n": 192, "store_n": 64}, False, "use each slot equally often"),
     ],
 )
 def test_refusals(m, k, n, rank, changes, masked, message):
@@ -52,7 +55,7 @@ def test_refusals(m, k, n, rank, changes, masked, message):
 @pytest.mark.parametrize("masked", [False, True])
 def test_accepted(masked):
     assert unsupported(8, 320, 64, 16, GemmConfig(), masked=masked) is None
-    assert unsupported(8, 320, 64, 192, GemmConfig(), masked=False) is None
+    assert unsupported(8, 320, 64, 192, GemmConfig(store_n=64), masked=masked) is None
 
 
 def test_shared_bytes_counts_each_buffer():

@@ -23,7 +23,7 @@ def poisoned():
 
 # Odd sizes cross every tile edge by pointers, multiples of 8 by descriptors; ranks on both sides of the padding.
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("m,k,r", [(1, 16, 1), (70, 45, 5), (72, 200, 16), (33, 136, 70)])
+@pytest.mark.parametrize("m,k,r", [(2, 40, 1), (70, 45, 5), (72, 200, 16), (33, 136, 70)])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_matches_float64(dtype: str, m: int, k: int, r: int, rate: float) -> None:
     v = operands(dtype, m, k, 8, r)
