@@ -48,7 +48,7 @@ def wide(*arrays):
         (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, F16),
         # Two turns for each of the teams.
         (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, BF16),
-        (120, 256, 192, 128, Gemm(split="", stages=3), True, True, BF16),
+        (120, 256, 192, 128, Gemm(split="", stages=3, store_n=64), True, True, BF16),
         (128, 192, 128, 64, Gemm(split="n"), True, False, F16),
         (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16),
         (136, 192, 128, 64, Gemm(store_n=64), False, True, BF16),
