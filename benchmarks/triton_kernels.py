@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:interop python3 benchmarks/triton_kernels.py [--quick] [--json FILE] [--workers 12]
 
-Needs torch and triton, nothing else of the project's dependencies. `--quick` stops after the checks. One JSON line
+Needs torch and triton. `--quick` stops after the checks. One JSON line
 per figure goes to FILE (or to the standard output), a table comes last. Times are medians of `triton.testing.do_bench`
 (it empties the L2 cache before every call) over rotating inputs; ratios are to the frozen linear in the same run.
 """
@@ -10,27 +10,18 @@ per figure goes to FILE (or to the standard output), a table comes last. Times a
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import multiprocessing
 import sys
 import time
 import traceback
-import types
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.testing
-
-if importlib.util.find_spec("flax") is None:
-    # `lora_jax/__init__.py` imports flax, the kernels do not: open the package without running that file.
-    package = types.ModuleType("lora_jax")
-    package.__path__ = [str(Path(__file__).resolve().parent.parent / "lora_jax")]
-    sys.modules["lora_jax"] = package
 
 from lora_jax.kernels import triton_configs as configs
 from lora_torch import triton_launch as launch
