@@ -216,7 +216,9 @@ def test_without_torch_the_last_lines_say_so_and_what_to_do(language, tmp_path, 
     assert command.strip() == make_up(run) and command.count("&&") == 1
     assert f"{sys.executable} -m pip install " in command and f"--config {run / 'config.yaml'} --resume" in command
     tested = (Path(__file__).parents[2] / "requirements" / "parity.txt").read_text().split()
-    assert set(command.split("&&")[0].split()[4:]) == {word for word in tested if "==" in word}
+    # Triton is there for the kernels' tests; peft does not need it.
+    needed = {word for word in tested if "==" in word and not word.startswith("triton")}
+    assert set(command.split("&&")[0].split()[4:]) == needed
 
 
 def test_help_explains_the_fields_of_the_adapter(capsys):

@@ -139,6 +139,11 @@ def check(
 
         off, _ = adapted(params, zero_b(adapter), *args)
         for y, w in zip(off, plain, strict=True):
+            if materialised:
+                # The formed weight is the base, but XLA may compile what follows it in other pieces (a determinant's
+                # product rounds differently by one bit).
+                assert reference.excess(y, w, _bound(w)) <= 1, "with B = 0 the base must come back"
+                continue
             np.testing.assert_array_equal(y, w, err_msg="with B = 0 the base must come back bit for bit")
     return plan
 
