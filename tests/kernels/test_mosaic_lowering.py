@@ -22,7 +22,8 @@ def lowered(fn, *operands) -> str:
     return jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("rank", shipped.RANKS)
+# A tail of its own, one in the ring, one in the deeper ring; `benchmarks/compile_kernels.py` takes all ranks.
+@pytest.mark.parametrize("rank", [16, 64, 256])
 def test_shipped_kernels_lower(rank):
     found = list(shipped.kernels(rank))
     assert {kernel.name.split()[0] for kernel in found} == {"gemm", "down", "outer"}
