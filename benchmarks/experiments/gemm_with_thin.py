@@ -195,7 +195,7 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
 
                         @pl.when(turn == first_turns)
                         def _():
-                            mosaic.wait_for(written.at[rows], 2 * rows)
+                            _wait_for(written.at[rows], 2 * rows)
 
                         plgpu.copy_gmem_to_smem(h_g.at[pl.ds(mi * cta_m, cta_m)], thin_s, tail_full)
 
@@ -240,12 +240,12 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
 
             def add_shares(mi, ni):
                 """Fills my rows of `thin_s`, and of `h` if this tile is the one to write them."""
-                mosaic.wait_for(written.at[mi], 2 * CLUSTER * first_columns)
+                _wait_for(written.at[mi], 2 * CLUSTER * first_columns)
                 for i in range(tile_m // 64):
                     ms = pl.ds(mi * cta_m + wg * tile_m + i * 64, 64)
-                    total = mosaic.load(shares_g.at[0, ms], optimized=False)
+                    total = _from_global(shares_g.at[0, ms])
                     for part in range(1, first_columns):
-                        total += mosaic.load(shares_g.at[part, ms], optimized=False)
+                        total += _from_global(shares_g.at[part, ms])
                     thin_s[pl.ds(wg * tile_m + i * 64, 64)] = total.astype(dtype)
                 plgpu.commit_smem()
 
@@ -253,7 +253,7 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
                 def _():
                     plgpu.copy_smem_to_gmem(thin_s.at[mine], h_g.at[pl.ds(mi * cta_m + wg * tile_m, tile_m)])
                     plgpu.wait_smem_to_gmem(0)
-                    mosaic.signal(written.at[rows])
+                    pl.semaphore_signal(written.at[rows])
 
             def finish(acc, turn):
                 plgpu.barrier_wait(tail_full)
@@ -307,7 +307,7 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
 
                     h = pl.run_scoped(thin, plgpu.WGMMAAccumulatorRef((half, RANK), jnp.float32))
                     shares_g.at[ni, pl.ds(mi * cta_m + cta * (cta_m // 2) + wg * half, half)][...] = h
-                    mosaic.signal(written.at[mi])
+                    pl.semaphore_signal(written.at[mi])
                     plain(acc, turn, hi, steps)
                     add_shares(mi, ni)
                     return finish(acc, turn)
@@ -325,3 +325,12 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
                 store(pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((tile_m, tile_n), jnp.float32)), mi, ni)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _wait_for(semaphore: Any, value: int) -> None:
+    """Waits until a semaphore counts `value`, and leaves it there."""
+    pl.semaphore_wait(semaphore, value, decrement=False)
+
+
+def _from_global(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)

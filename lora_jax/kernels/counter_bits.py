@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+STEPS = 65536  # of a rate: what 16 bits tell apart
 _MIX1, _MIX2, _ROW = -0x7A143595, -0x3D4D51CB, -0x61C88647  # 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9 as int32
 
 
@@ -44,3 +45,8 @@ def bits16(seed0: jax.Array, seed1: jax.Array, rows: jax.Array, columns: jax.Arr
     """16 random bits, in the low half of int32, for each (row, column). All int32, of one shape."""
     word = words(seed0, seed1, rows, columns)
     return jnp.where((columns & 64) != 0, lax.shift_right_logical(word, _like(16, word)), word & 0xFFFF)
+
+
+def rescaling(threshold: int) -> float:
+    """What sums over kept elements are multiplied by, where 16-bit numbers below `threshold` mean "drop"."""
+    return STEPS / (STEPS - threshold)

@@ -36,20 +36,10 @@ def transpose(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def load(ref: Any, **options: Any) -> jax.Array:
+def load(ref: Any) -> jax.Array:
     """Reads shared memory into registers, laid out as a product's result is."""
     index = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, **options)
-
-
-def signal(semaphore: Any) -> None:
-    """Counts a semaphore up, after everything that this warpgroup wrote."""
-    pl.semaphore_signal(semaphore)
-
-
-def wait_for(semaphore: Any, value: int) -> None:
-    """Waits until a semaphore counts `value`, and leaves it there."""
-    pl.semaphore_wait(semaphore, value, decrement=False)
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA)
 
 
 def compiler_params() -> Any:

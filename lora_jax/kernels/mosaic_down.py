@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
+from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import in_ring
 from lora_jax.kernels.mosaic_dropout import mask_in_place
 
@@ -116,7 +117,7 @@ def _kernel(x_g, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, thresho
 
         def store(h):
             if seed_g is not None:
-                h *= 65536 / (65536 - threshold)
+                h *= rescaling(threshold)
             out_g = h_g if c.splits == 1 else h_g.at[split]
             rows = pl.ds(row0, c.rows)
             if by_rank:

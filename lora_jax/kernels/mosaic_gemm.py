@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
+from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import K_TILE, GemmConfig, in_ring, rank_of, unsupported
 from lora_jax.kernels.mosaic_dropout import Mask
 
@@ -281,7 +282,7 @@ def _kernel(
                         return acc[...]
 
                     low = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
-                    return jnp.where(mask(j), low * (65536 / (65536 - threshold)), 0.0)
+                    return jnp.where(mask(j), low * rescaling(threshold), 0.0)
 
                 for i in range(c.tile_m // 64):
                     rows = m0 + wg * my_m + i * 64

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
+from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import in_ring, rank_of
 from lora_jax.kernels.mosaic_dropout import mask_in_place
 
@@ -108,7 +109,7 @@ def _kernel(x_g, g_g, seed_g, out_g, *, config: OuterConfig, threshold: int):
 
         def store(out):
             if seed_g is not None:
-                out *= 65536 / (65536 - threshold)
+                out *= rescaling(threshold)
             out_s[...] = out
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, out_g.at[split].at[pl.ds(column0, c.columns)])

@@ -18,9 +18,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax.kernels.counter_bits import bits16
-
-STEPS = 65536
+from lora_jax.kernels import counter_bits
+from lora_jax.kernels.counter_bits import STEPS, bits16
 
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float, columns: Sequence[int] = (-1,)) -> jax.Array:
@@ -59,7 +58,7 @@ def drop_block(
 
 def rescaling(rate: float) -> float:
     """What sums over kept elements are multiplied by: 1 over the share that is kept."""
-    return STEPS / (STEPS - threshold(rate)) if rate else 1.0
+    return counter_bits.rescaling(threshold(rate)) if rate else 1.0
 
 
 def threshold(rate: float) -> int:
