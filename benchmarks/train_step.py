@@ -120,8 +120,9 @@ def steps(
     """`(row, step, arguments, how many of the results are the next arguments)`."""
     trunk = Trunk(config, attention, scanned)
     embedded = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.bfloat16)
-    # Flax makes float32 parameters, beside which a scan must carry float32.
-    shapes = jax.eval_shape(trunk.init, jax.random.key(0), jax.ShapeDtypeStruct(embedded.shape, jnp.float32))
+    # Flax makes float32 parameters, beside which a scan must carry float32, which cuDNN's attention does not take.
+    initial = Trunk(config, "xla", scanned)
+    shapes = jax.eval_shape(initial.init, jax.random.key(0), jax.ShapeDtypeStruct(embedded.shape, jnp.float32))
     params = random_params(shapes["params"])
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
 
