@@ -1,4 +1,4 @@
-"""Hopper: `y = x·W + thin·tail`, a matrix product with a low-rank tail, in one store of `y`.
+"""Hopper: `y = x·W + thin·tail (+ bias)`, a matrix product with a low-rank tail, in one store of `y`.
 
 Letters, the same in every kernel file:
     M rows (tokens)    K contracted features    N output features    R rank, padded to 16 or a multiple of 64
@@ -43,6 +43,7 @@ def gemm(
     config: GemmConfig,
     *,
     transposed: bool = False,
+    bias: jax.Array | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     sms: int = 132,
@@ -52,20 +53,23 @@ def gemm(
 
     `thin` and `tail` are (M, R) and (R, N), or (N, R) if `transposed`, for R a multiple of 64, else (R, M or more) and
     (R, N). bfloat16 or float16 throughout, sums in float32, rounded once. With a `seed` (see `mosaic_dropout.Mask`),
-    `thin·tail` is masked and rescaled. **Raises:** `ValueError` for shapes that the kernel can't take.
+    `thin·tail` is masked and rescaled. `bias`: (N,), of `x`'s dtype or float32, added to the sums before they are
+    rounded. **Raises:** `ValueError` for shapes that the kernel can't take.
     """
     (m, k), n = x.shape, w.shape[0] if transposed else w.shape[1]
     rank = 0 if thin is None else rank_of(thin)
     problem = unsupported(m, k, n, rank, config, masked=seed is not None)
     if problem:
         raise ValueError(problem)
-    operands = [x, w, *([] if thin is None else [thin, tail]), *([] if seed is None else [seed])]
+    if bias is not None:
+        # A tile may reach beyond N; unlike a bulk copy, a load into registers is not cut there.
+        bias = jnp.pad(bias, (0, -n % config.block[1]))
+    given = {"thin_g": thin, "tail_g": tail, "bias_g": bias, "seed_g": seed}
+    given = {name: operand for name, operand in given.items() if operand is not None}
 
     def body(x_g, w_g, *rest):
-        *rest, y_g = rest
-        thin_g, tail_g = rest[:2] if rank else (None, None)
         _kernel(
-            x_g, w_g, thin_g, tail_g, rest[2] if seed is not None else None, y_g,
+            x_g, w_g, rest[-1], **dict(zip(given, rest, strict=False)),
             rank=rank, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
@@ -80,11 +84,12 @@ def gemm(
         thread_name="wg",
         compiler_params=mosaic.compiler_params(),
         **mosaic.interpreted(interpret),
-    )(*operands)
+    )(x, w, *given.values())
 
 
 def _kernel(
-    x_g, w_g, thin_g, tail_g, seed_g, y_g, *, rank: int, config: GemmConfig, transposed: bool, threshold: int
+    x_g, w_g, y_g, *, thin_g: Any = None, tail_g: Any = None, bias_g: Any = None, seed_g: Any = None,
+    rank: int, config: GemmConfig, transposed: bool, threshold: int,
 ):  # fmt: skip
     c = config
     dtype = x_g.dtype
@@ -238,6 +243,8 @@ def _kernel(
             def _(turn):
                 m0, n0 = tile_of(turn)
                 first = turn * steps
+                # Asked for before the products, so that it waits in registers and they don't wait for it.
+                bias = [] if bias_g is None else _pieces(bias_g, n0 + wg * my_n, c)
 
                 def slot_of(step):
                     return lax.rem(first + step, c.stages)
@@ -295,6 +302,8 @@ def _kernel(
                         value = result[i * 64 : (i + 1) * 64, j : j + c.store_n]
                         if seed_g is not None:
                             value += masked_tail(i, j, mask)
+                        if bias_g is not None:
+                            value += lax.broadcast_in_dim(bias[number].astype(jnp.float32), value.shape, (1,))
                         slot = (i * (c.tile_n // c.store_n) + number) % c.store_slots
                         plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
                         y_s[wg, slot] = value.astype(dtype)
@@ -307,6 +316,11 @@ def _kernel(
                     plgpu.barrier_arrive(tail_free)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _pieces(bias_g: Any, column: Any, c: GemmConfig) -> list[jax.Array]:
+    """The bias of a warpgroup's columns, cut as its stores are, laid out as a row of a product's result."""
+    return [mosaic.load_row(bias_g.at[pl.ds(column + j, c.store_n)]) for j in range(0, c.tile_n, c.store_n)]
 
 
 def _free_barrier(c: GemmConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Hopper: `y = x·W + drop(x)·A·B` and its derivative, out of `mosaic_down`, `mosaic_gemm` and `mosaic_outer`.
+"""Hopper: `y = x·W + drop(x)·A·B (+ bias)` and its derivative, out of `mosaic_down`, `mosaic_gemm` and `mosaic_outer`.
 
 Forward, two kernels: `h = drop(x)·A`, then the product with its tail. Backward, four: `g = dy·Bᵀ`, the product
 `dy·Wᵀ + mask·(g·Aᵀ)`, `dA = drop(x)ᵀ·g`, `dB = hᵀ·dy`. Nothing of the size of `y` or `x` is written beside the results.
@@ -82,13 +82,14 @@ def forward(
     drop: Drop | None = None,
     *,
     transposed: bool = False,
+    bias: jax.Array | None = None,
     sms: int = 132,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`x·w + drop(x)·a·b`: (M, K), (K, N) or (N, K) if `transposed`, (K, R), (R, N) -> (M, N), and `h` for `backward`.
 
-    All of one dtype, bfloat16 or float16, which `h` and the result are rounded to once each. `sms`: multiprocessors
-    of the GPU.
+    All of one dtype, bfloat16 or float16, which `h` and the result are rounded to once each. `bias`: (N,), of that
+    dtype or float32, added before the result is rounded. `sms`: multiprocessors of the GPU.
     """
     m, n = x.shape[0], b.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
@@ -97,7 +98,9 @@ def forward(
     h = down(x, a_t, tuned.down_config(rows, k, rank, sms), interpret=interpret, **options)
     tail = b.T if transposed and in_ring(rank) else b
     config = tuned.gemm_config(rows, k, out, rank)
-    y = gemm(x, w, h, tail, config, transposed=transposed, sms=sms, interpret=interpret)
+    if bias is not None:
+        bias = jnp.pad(bias, (0, out - n))
+    y = gemm(x, w, h, tail, config, transposed=transposed, bias=bias, sms=sms, interpret=interpret)
     return y[:m, :n], h
 
 

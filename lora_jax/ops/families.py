@@ -5,7 +5,8 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     unsupported(m, k, n, rank, dtype) -> why it can't compute these sizes, or None
     slower(m, k, n, rank, dtype, dropped, device_kind) -> why XLA is faster there, or None (optional)
     h_layout(rank) -> (whether `h` is (R', M') and not (M', R'), R')
-    forward(x, w, a, b, drop, transposed=) -> (y, h)
+    forward(x, w, a, b, drop, transposed=, bias=) -> (y, h); bias (N,) or None, of x's dtype or float32, is added to
+        the float32 sums before they are rounded
     backward(dy, x, w, a, b, h, drop, transposed=, wants=) -> (dx, da, db), da and db in float32
     Drop(seed, threshold): `seed` is four int32: the key's two words, and the first row and column of `x` in
         the whole array, the column a multiple of 128

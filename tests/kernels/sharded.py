@@ -22,6 +22,7 @@ FACTOR = 65536 / (65536 - round(RATE * 65536))
 T, M, K, N, R = 4, 12, 256, 64, 3
 X, W = cast(normal(T, M, K), F16), cast(normal(K, N), F16)
 A, B = cast(normal(K, R) / 2, np.float32), cast(normal(R, N), np.float32)
+BIAS = cast(10 * normal(N), np.float32)
 DY = cast(normal(T, M, N, seed=3), F16)
 
 # Specs of x, W, A, B and dy on a (2, 2) mesh; the rows, K and N of one device; the most that it may gather at once.
@@ -47,20 +48,27 @@ CASES = {
 APART = ("sequence", "batch and sequence", "row, both axes")
 
 
+def case(name: str) -> tuple[Any, Any, int]:
+    """As in `CASES`, with the bias before dy, split as the columns of W are."""
+    (*specs, dy), local, most = CASES[name]
+    return (*specs, P(*specs[1][1:]), dy), local, most
+
+
 def run(key: Any, implementation: str | None = "reference") -> Any:
     """Value and gradients, with dropout if there is a key."""
 
-    def fn(x, w, a, b, dy):
-        def dot(x, a, b):
-            return lora_dot(x, w, a, b, scale=SCALE, dropout_rate=RATE, key=key, implementation=implementation)
+    def fn(x, w, a, b, bias, dy):
+        def dot(x, a, b, bias):
+            options = {"dropout_rate": RATE, "key": key, "implementation": implementation}
+            return lora_dot(x, w, a, b, bias=bias, scale=SCALE, **options)
 
-        y, vjp = jax.vjp(dot, x, a, b)
+        y, vjp = jax.vjp(dot, x, a, b, bias)
         return y, vjp(dy)
 
     return fn
 
 
-def exact(dropped: bool) -> tuple[Any, Any]:
+def exact(dropped: bool, bias: Any = BIAS) -> tuple[Any, Any]:
     """Result and gradients in float64, with magnitudes."""
     mask = None
     if dropped:
@@ -68,32 +76,34 @@ def exact(dropped: bool) -> tuple[Any, Any]:
         drop = reference_kernels.Drop(jnp.append(seed, jnp.zeros(2, jnp.int32)), round(RATE * 65536))
         mask = np.asarray(reference_kernels.mask((T * M, K), drop), np.float64).reshape(T, M, K)
     gradients = reference.lora_dot_gradients(X, W, A, B, SCALE, DY, mask)
-    return reference.lora_dot(X, W, A, B, SCALE, mask), [gradients[name] for name in "xab"]
+    return reference.lora_dot(X, W, A, B, SCALE, mask, bias), [gradients[name] for name in ("x", "a", "b", "bias")]
 
 
-def check(got: Any, dropped: bool) -> None:
+def check(got: Any, dropped: bool, bias: Any = BIAS) -> None:
     """Within the roundings; without the adapter, the mask or a device's part it would not be."""
-    (y, gradients), (want, wanted) = got, exact(dropped)
+    (y, gradients), (want, wanted) = got, exact(dropped, bias)
     # A split sum is rounded once more, by each device.
     bound = 2 * reference.tolerance(F16, K + N + T * M)
-    for value, (exactly, magnitude) in zip((y, *gradients), (want, *wanted), strict=True):
+    for value, (exactly, magnitude) in zip((y, *gradients), (want, *wanted), strict=False):
         value = np.asarray(jax.device_get(value))
         assert reference.excess(value, exactly, bound * magnitude) <= 1
         assert reference.excess(exactly * 0.5, exactly, bound * magnitude) > 1
-    assert reference.excess(reference.lora_dot(X, W, A, 0 * B, SCALE)[0], want[0], bound * want[1]) > 1
+    assert reference.excess(reference.lora_dot(X, W, A, 0 * B, SCALE, bias=bias)[0], want[0], bound * want[1]) > 1
+    for times in (0, 2):  # a bias that no device adds, or that two add
+        assert bias is not BIAS or reference.excess(exact(dropped, times * BIAS)[0][0], want[0], bound * want[1]) > 1
     if dropped:
         assert reference.excess(exact(False)[0][0], want[0], bound * want[1]) > 1
 
 
 def automatic(name: str) -> None:
     """Under `jit`: the kernels see one device's part, with its part of the mask; nothing is gathered but weights."""
-    specs, local, most = CASES[name]
+    specs, local, most = case(name)
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AUTO, AUTO))
-    operands = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((X, W, A, B, DY), specs, strict=True)]
+    operands = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((X, W, A, B, BIAS, DY), specs, strict=True)]
     for key in (None, KEY):
         with reference_kernels.installed() as calls:
-            x, _, a, b, dy = (v.sharding for v in operands)
-            compiled = jax.jit(run(key), out_shardings=(dy, (x, a, b))).lower(*operands).compile()
+            x, _, *factors, dy = (v.sharding for v in operands)
+            compiled = jax.jit(run(key), out_shardings=(dy, (x, *factors))).lower(*operands).compile()
         check(compiled(*operands), key is not None)
         # Traced on whole operands for the types of the results, and then on parts.
         parts = [(kind, shapes[:3]) for kind, shapes in calls if shapes[:3] != (T * M, K, N)]
@@ -108,15 +118,16 @@ def automatic(name: str) -> None:
 
 def explicit(name: str) -> None:
     """The split is in the types: the same results, with gradients of the types of their operands."""
-    specs, local, _ = CASES[name]
+    specs, local, _ = case(name)
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(EXPLICIT, EXPLICIT))
     with jax.set_mesh(mesh):
-        operands = [jax.device_put(v, s) for v, s in zip((X, W, A, B), specs[:4], strict=True)]
+        operands = [jax.device_put(v, s) for v, s in zip((X, W, A, B, BIAS), specs[:5], strict=True)]
         for key in (None, KEY):
             with reference_kernels.installed() as calls:
                 fn = run(key)
-                forward = jax.jit(lambda x, w, a, b, key=key: lora_dot(
-                    x, w, a, b, scale=SCALE, dropout_rate=RATE, key=key, implementation="reference"))  # fmt: skip
+                forward = jax.jit(lambda x, w, a, b, bias, key=key: lora_dot(
+                    x, w, a, b, bias=bias, scale=SCALE, dropout_rate=RATE, key=key, implementation="reference",
+                ))  # fmt: skip
                 y = forward(*operands)
                 dy = jax.device_put(DY, NamedSharding(mesh, jax.typeof(y).sharding.spec))
                 got = jax.jit(fn)(*operands, dy)
@@ -145,7 +156,7 @@ def manual() -> None:
         )  # fmt: skip
         y = jax.jit(forward)(X, W, A, B, DY)
         assert {shapes[:3] for _, shapes in calls} == {(M, K, N)}, calls
-    check((y, gradients), dropped=False)
+    check((y, gradients), dropped=False, bias=0.0)
 
 
 def no_names() -> None:

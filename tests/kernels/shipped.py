@@ -59,9 +59,15 @@ def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Ke
             def product(x, w, thin, tail, *seed, config=config, transposed=transposed):
                 return gemm(x, w, thin, tail, config, transposed=transposed, **options(seed))
 
+            def with_bias(x, w, thin, tail, bias, config=config, transposed=transposed):
+                return gemm(x, w, thin, tail, config, transposed=transposed, bias=bias)
+
             w = ((n, k) if transposed else (k, n), dtype)
             tail = ((n, rank) if transposed and ring else (rank, n), dtype)
             yield _named("gemm", product, config, rank, masked, (x, w, thin, tail, *drops), transposed)
+            if not masked:  # the gradient of the input has no bias
+                bias = ((n,), jnp.float32)
+                yield _named("gemm bias", with_bias, config, rank, masked, (x, w, thin, tail, bias), transposed)
         down_config = _split(tuned.down_config(m, k, rank, SMS))
         outer_config = _split(tuned.outer_config(m, k, rank, SMS))
 

@@ -29,15 +29,17 @@ SIZES = [
 def problems():
     """Each size with dropout for both orientations of the weight and without for one; both dtypes in turn."""
     for i, size in enumerate(SIZES):
-        yield Problem(*size, dtype=(BF16, F16)[i // 2 % 2], transposed=i % 2 == 1)
+        dtype = (BF16, F16)[i // 2 % 2]
+        yield Problem(*size, dtype=dtype, transposed=i % 2 == 1)
+        yield Problem(*size, dtype=dtype, transposed=i % 2 == 0, bias_dtype=(dtype, np.float32)[i // 4 % 2])
         for transposed in (False, True):
             yield Problem(*size, dtype=(BF16, F16)[(i + transposed) % 2], threshold=THRESHOLD, transposed=transposed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def both(threshold, transposed, x, w, a, b, dy, seed):
+def both(threshold, transposed, x, w, a, b, dy, seed, bias=None):
     drop = mosaic_lora.Drop(seed, threshold) if threshold else None
-    y, h = mosaic_lora.forward(x, w, a, b, drop, transposed=transposed)
+    y, h = mosaic_lora.forward(x, w, a, b, drop, transposed=transposed, bias=bias)
     dx, da, db = mosaic_lora.backward(dy, x, w, a, b, h, drop, transposed=transposed)
     return {"y": y, "x": dx, "a": da, "b": db}
 
@@ -48,7 +50,7 @@ def test_linear(problem):
     """Within the bound, the same bits twice, and nothing of what lay in the buffers before."""
     x, w, a, b, dy = problem.operands()
     operands = [jnp.asarray(v) for v in (x, problem.stored(w), a, b, dy)]
-    run = functools.partial(both, problem.threshold, problem.transposed)
+    run = functools.partial(both, problem.threshold, problem.transposed, bias=problem.bias())
     seed = jnp.asarray(seed_words())
 
     # Whatever a kernel fails to write would now hold NaN, the next time that these buffers are handed out.

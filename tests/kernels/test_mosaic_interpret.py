@@ -41,20 +41,20 @@ def wide(*arrays):
 
 
 @pytest.mark.parametrize(
-    "m, k, n, rank, config, transposed, masked, dtype",
+    "m, k, n, rank, config, transposed, masked, biased, dtype",
     [
-        # Two turns for a CTA, a tail of its own, a shared operand; ragged rows.
-        (184, 192, 192, 16, Gemm(cluster="n"), False, False, BF16),
-        (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, F16),
+        # Two turns for a CTA, a tail of its own, a shared operand; ragged rows, a bias cut by the last tile.
+        (184, 192, 192, 16, Gemm(cluster="n"), False, False, np.float32, BF16),
+        (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, None, F16),
         # Two turns for each of the teams.
-        (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, BF16),
-        (120, 256, 192, 128, Gemm(split="", stages=3, store_n=64), True, True, BF16),
-        (128, 192, 128, 64, Gemm(split="n"), True, False, F16),
-        (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16),
-        (136, 192, 128, 64, Gemm(store_n=64), False, True, BF16),
+        (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, None, BF16),
+        (120, 256, 192, 128, Gemm(split="", stages=3, store_n=64), True, True, None, BF16),
+        (128, 192, 128, 64, Gemm(split="n"), True, False, F16, F16),
+        (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16, BF16),
+        (136, 192, 128, 64, Gemm(store_n=64), False, True, None, BF16),
     ],
 )
-def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
+def test_gemm(m, k, n, rank, config, transposed, masked, biased, dtype):
     x, w = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype, spread=k**-0.5, seed=1)
     thin, tail = normal(m, rank, dtype=dtype, seed=2), normal(rank, n, dtype=dtype, seed=3)
     operands = (
@@ -63,7 +63,8 @@ def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
         thin if in_ring(rank) else thin.T.copy(),
         tail.T.copy() if transposed and in_ring(rank) else tail,
     )
-    got = gemm(*operands, config, transposed=transposed, sms=2, interpret=INTERPRET, **drop_options(masked))
+    bias = None if biased is None else normal(n, dtype=biased, seed=4)
+    got = gemm(*operands, config, transposed=transposed, bias=bias, sms=2, interpret=INTERPRET, **drop_options(masked))
 
     x, w, thin, tail = wide(x, w, thin, tail)
     base, low = x @ w, thin @ tail
@@ -72,6 +73,10 @@ def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
     mistakes = {"no tail": base, "half the tail": base + kept * low / 2, "no product": kept * low}
     if masked:
         mistakes |= {"no mask": base + low, "all masked": kept * (base + low)}
+    if bias is not None:
+        bias = bias.astype(np.float64)
+        mistakes = {name: wrong + bias for name, wrong in mistakes.items()} | {"no bias": want, "two": want + 2 * bias}
+        want, magnitude = want + bias, magnitude + abs(bias)
     check(got, want, magnitude, k + rank, dtype, mistakes)
 
 
