@@ -142,17 +142,17 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
 
     def product(x, w, thin, tail, seed=None, *, transposed=False):
         out = w.shape[0] if transposed else w.shape[1]
-        config = tuned.gemm_config(m, x.shape[1], out, rank, dropped=seed is not None)
+        config = tuned.gemm_config(m, x.shape[1], out, rank, dropped=seed is not None, transposed=transposed)
         options = {} if seed is None else {"seed": seed, **masked}
         return gemm(x, w, thin, tail, config, transposed=transposed, **options)
 
     def thin_product(x, a, seed=None):
         options = {} if seed is None else {"seed": seed, **masked}
-        return down(x, a, tuned.down_config(m, x.shape[1], rank, SMS), **options)
+        return down(x, a, tuned.down_config(m, x.shape[1], rank, SMS, dropped=seed is not None), **options)
 
     def outer_product(x, g, seed=None):
         options = {} if seed is None else {"seed": seed, **masked}
-        return outer(x, g, tuned.outer_config(m, x.shape[1], rank, SMS), **options)
+        return outer(x, g, tuned.outer_config(m, x.shape[1], rank, SMS, dropped=seed is not None), **options)
 
     back = functools.partial(product, transposed=True)
     tail = a_t.T if in_ring(rank) else a_t

@@ -22,9 +22,6 @@ from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
 
-# At 256 rows XLA is the faster (benchmarks/results/kernels.jsonl); between there and here nothing was measured.
-LEAST_ROWS = 2048
-
 
 class Drop(NamedTuple):
     """Dropout of the low-rank branch: four int32 (see `mosaic_dropout.Mask`), and how many of 65536 are dropped."""
@@ -63,9 +60,7 @@ def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_
         return (
             f"M={m} is no multiple of 8, or K={k} or N={n} none of {K_TILE}: the operands would be copied to pad them"
         )
-    if m < LEAST_ROWS:
-        return f"M={m}; below {LEAST_ROWS} rows the kernels are not the faster ones"
-    return None
+    return tuned.slower("mosaic_gpu", m, k, n, rank, dropped, device_kind)
 
 
 def h_layout(rank: int) -> tuple[bool, int]:
@@ -95,9 +90,9 @@ def forward(
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rows, k, out, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
     options = {} if drop is None else drop._asdict()
-    h = down(x, a_t, tuned.down_config(rows, k, rank, sms), interpret=interpret, **options)
+    h = down(x, a_t, tuned.down_config(rows, k, rank, sms, dropped=drop is not None), interpret=interpret, **options)
     tail = b.T if transposed and in_ring(rank) else b
-    config = tuned.gemm_config(rows, k, out, rank)
+    config = tuned.gemm_config(rows, k, out, rank, transposed=transposed)
     if bias is not None:
         bias = jnp.pad(bias, (0, out - n))
     y = gemm(x, w, h, tail, config, transposed=transposed, bias=bias, sms=sms, interpret=interpret)
@@ -133,13 +128,14 @@ def backward(
     if wants.x or wants.a:
         g = down(dy, b, tuned.down_config(rows, n, rank, sms), interpret=interpret)
         if wants.x:
-            config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None)
+            config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None, transposed=not transposed)
             tail = a_t.T if not transposed and in_ring(rank) else a_t
             dx = gemm(
                 dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options
             )[: shape[0], : shape[1]]  # fmt: skip
         if wants.a:
-            da = outer(x, g, tuned.outer_config(rows, k, rank, sms), interpret=interpret, **options)[: shape[1], :r]
+            config = tuned.outer_config(rows, k, rank, sms, dropped=drop is not None)
+            da = outer(x, g, config, interpret=interpret, **options)[: shape[1], :r]
     if wants.b:
         db = outer(dy, h, tuned.outer_config(rows, n, rank, sms), interpret=interpret).T[:r, : shape[2]]
     return dx, da, db

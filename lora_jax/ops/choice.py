@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.kernels import tuning_cache
+from lora_jax.kernels.shape_class import class_of
 from lora_jax.ops.contraction import Contraction
 from lora_jax.ops.families import FAMILIES, Family
 from lora_jax.ops.matrices import Matrices, as_matrices
@@ -24,7 +26,7 @@ class Choice:
 
     - `implementation`: `"xla"` or the name of a family of kernels.
     - `reasons`: `{name: why not}` for the others.
-    - `matrices`: the product as one of matrices, where kernels run.
+    - `matrices`: the product as one of matrices, where it is one and a family might run it.
     - `name`: of the parameter, where known.
     """
 
@@ -35,7 +37,7 @@ class Choice:
 
     def __str__(self) -> str:
         size = ""
-        if self.matrices is not None:
+        if self.matrices is not None and self.implementation != "xla":
             size = "  M={}, K={}, N={}, R={}".format(*self.matrices.mknr)
             size += ", weight stored (N, K)" if self.matrices.transposed else ""
         return "\n".join([self.implementation + size, *(f"  not {name}: {why}" for name, why in self.reasons.items())])
@@ -91,7 +93,7 @@ def choose(
         elif chosen is not None:
             reasons[each] = f"{chosen} comes first"
         else:
-            why = _why_not(family, spec, matrices, x, w, dropped, by_name=implementation is not None)
+            why = _why_not(each, family, spec, matrices, x, w, dropped, by_name=implementation is not None)
             if why is None:
                 chosen = each
             elif implementation == each:
@@ -102,10 +104,13 @@ def choose(
                 )
             else:
                 reasons[each] = why
+    seen = matrices if isinstance(matrices, Matrices) else None
     if chosen is None:
-        return record(Choice("xla", reasons, name=name))
-    assert isinstance(matrices, Matrices)
-    return record(Choice(chosen, {"xla": f"{chosen} can run and comes first", **reasons}, matrices, name))
+        return record(Choice("xla", reasons, seen, name))
+    assert seen is not None
+    measured = _measured(chosen, seen, dropped) if implementation is None else None
+    why = measured[1] if measured else f"{chosen} can run and comes first"
+    return record(Choice(chosen, {"xla": why, **reasons}, seen, name))
 
 
 def only_xla(what: str, implementation: str | None, name: str) -> None:
@@ -124,7 +129,7 @@ def record(choice: Choice) -> Choice:
 
 
 def _why_not(
-    family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
+    each: str, family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:
     device = _compat.target_device()
     if device.platform not in family.platforms:
@@ -146,9 +151,25 @@ def _why_not(
     m, k, n, rank = matrices.mknr
     if why := module.unsupported(m, k, n, rank, x.dtype):
         return why
-    if not by_name and hasattr(module, "slower"):
-        return module.slower(m, k, n, rank, x.dtype, dropped, device.kind)
-    return None
+    if by_name:
+        return None
+    if (measured := _measured(each, matrices, dropped)) is not None:
+        won, words = measured
+        return None if won else words
+    return module.slower(m, k, n, rank, x.dtype, dropped, device.kind) if hasattr(module, "slower") else None
+
+
+def _measured(each: str, matrices: Matrices, dropped: bool) -> tuple[bool, str] | None:
+    """Whether a family won when the user timed such a product on this kind of device, and that in words."""
+    m, k, n, rank = matrices.mknr
+    shape = class_of(m, k, n, rank, dropped=dropped)
+    entry = tuning_cache.find(_compat.target_device().kind, "implementation", shape)
+    if entry is None or each not in entry["microseconds"]:
+        return None
+    times = ", ".join(
+        f"{name} {time:.0f}" for name, time in sorted(entry["microseconds"].items(), key=lambda kv: kv[1])
+    )
+    return entry["winner"] == each, f"microseconds measured for such sizes: {times} ({tuning_cache.path()})"
 
 
 def _types(spec: Contraction, x: Any, w: Any) -> str | None:

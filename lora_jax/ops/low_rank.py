@@ -65,7 +65,7 @@ def low_rank_contract(
     operands = _compat.vary_alike(x, w, first, second, factor.astype(wide(x.dtype)), bias)
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     fused = None
-    if choice.matrices is not None:
+    if choice.implementation != "xla":
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.

@@ -54,7 +54,7 @@ def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Ke
             return {"seed": given[0], "threshold": THRESHOLD} if given else {}
 
         for transposed in (False, True):
-            config = tuned.gemm_config(m, k, n, rank, dropped=masked)
+            config = tuned.gemm_config(m, k, n, rank, dropped=masked, transposed=transposed)
 
             def product(x, w, thin, tail, *seed, config=config, transposed=transposed):
                 return gemm(x, w, thin, tail, config, transposed=transposed, **options(seed))
@@ -68,8 +68,8 @@ def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Ke
             if not masked:  # the gradient of the input has no bias
                 bias = ((n,), jnp.float32)
                 yield _named("gemm bias", with_bias, config, rank, masked, (x, w, thin, tail, bias), transposed)
-        down_config = _split(tuned.down_config(m, k, rank, SMS))
-        outer_config = _split(tuned.outer_config(m, k, rank, SMS))
+        down_config = _split(tuned.down_config(m, k, rank, SMS, dropped=masked))
+        outer_config = _split(tuned.outer_config(m, k, rank, SMS, dropped=masked))
 
         def thin_product(x, a, *seed, config=down_config):
             return down(x, a, config, **options(seed))
