@@ -34,6 +34,7 @@ from benchmarks.timing import Chain, compile_all, measure, summary
 from lora_jax import reference
 from lora_jax.kernels import mosaic_lora, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
+from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
@@ -150,9 +151,15 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
         options = {} if seed is None else {"seed": seed, **masked}
         return down(x, a, tuned.down_config(m, x.shape[1], rank, SMS, dropped=seed is not None), **options)
 
-    def outer_product(x, g, seed=None):
+    def outer_product(x, dy, g, h, seed=None):
         options = {} if seed is None else {"seed": seed, **masked}
-        return outer(x, g, tuned.outer_config(m, x.shape[1], rank, SMS, dropped=seed is not None), **options)
+        return outer([(x, g), (dy, h)], tuned.outer_config(m, k + n, rank, SMS, dropped=seed is not None), **options)
+
+    def in_one(x, w, a_t, b, seed=None, *, transposed=False):
+        options = {} if seed is None else {"seed": seed, **masked}
+        return adapted(x, w, a_t, b, transposed=transposed, **options)
+
+    in_one_back = functools.partial(in_one, transposed=True)
 
     back = functools.partial(product, transposed=True)
     tail = a_t.T if in_ring(rank) else a_t
@@ -165,13 +172,18 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
         Chain("down x", thin_product, x_only, (a_t,)),
         Chain("down x, dropout", thin_product, x_only, (a_t, seed)),
         Chain("down dy", thin_product, dy_only, (b,)),
-        Chain("outer x", outer_product, x_only, (g,)),
-        Chain("outer x, dropout", outer_product, x_only, (g, seed)),
-        Chain("outer dy", outer_product, dy_only, (h,)),
+        Chain("outer x and dy", outer_product, both, (g, h)),
+        Chain("outer x and dy, dropout", outer_product, both, (g, h, seed)),
     ]
+    if mosaic_lora.in_one_kernel(min(k, n), rank):
+        chains += [
+            Chain("gemm with down x", in_one, x_only, (w, a_t, b)),
+            Chain("gemm with down dy, input gradient", in_one_back, dy_only, (w, b, a_t)),
+            Chain("gemm with down dy, input gradient, dropout", in_one_back, dy_only, (w, b, a_t, seed)),
+        ]
     work = {}
     for chain in chains:
-        width = n if "dy" in chain.row else k
+        width = k + n if "outer" in chain.row else n if "dy" in chain.row else k
         big = chain.row.startswith(("gemm", "XLA"))
         # The thin passes read their matrix once; the rest is small beside it.
         work[chain.row] = (flops, 0) if big else (2.0 * m * width * rank, 2.0 * m * width)
@@ -253,7 +265,7 @@ def time_shape(shape: tuple[int, int, int, int], *, alone: bool, rounds: int) ->
     m, k, n, r = shape
     for group in found:
         reference_job, *candidates = [next(jobs) for _ in group.chains]
-        measure(reference_job, candidates, rounds=rounds, burst=0.03 if group.passes != "alone" else 0.01)
+        measure(reference_job, candidates, rounds=rounds, burst=0.06 if group.passes != "alone" else 0.03)
         for job in (reference_job, *candidates):
             row: dict[str, Any] = {"m": m, "k": k, "n": n, "r": r, "pass": group.passes, **summary(job)}
             flops, moved = group.work[job.row]

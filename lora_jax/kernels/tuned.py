@@ -77,7 +77,9 @@ def outer_candidates(m: int, k: int, rank: int, sms: int) -> list[OuterConfig]:
     found = []
     # The accumulator of a worker is columns x rank: 128 registers a thread at most.
     for columns in (128, 64) if padded_rank(rank) <= 128 else (64,):
-        splits = max(1, min(round(sms / -(-k // columns)), -(-m // 512)))
+        blocks, steps = -(-k // columns), -(-m // 64)
+        # Rounds of CTAs, each as long as its steps and about six more to begin and to end.
+        splits = min(range(1, max(2, steps // 8 + 1)), key=lambda s: -(-blocks * s // sms) * (-(-steps // s) + 6))
         found += [OuterConfig(columns=columns, stages=s, workers=w, splits=splits) for s, w in _OUTER]
     return _fitting(found, rank)
 

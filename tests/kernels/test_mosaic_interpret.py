@@ -109,10 +109,15 @@ def test_down(m, k, rank, config, masked):
     ],
 )
 def test_outer(m, k, rank, config, masked):
-    x, g = normal(m, k), normal(m, rank, seed=1)
-    padded = np.pad(g, ((0, -m % 64), (0, 0)))
-    thin = padded if in_ring(rank) else padded.T.copy()
-    got = outer(x, thin, config, interpret=INTERPRET, **drop_options(masked))
+    x, g, dy, h = normal(m, k), normal(m, rank, seed=1), normal(m, 64, seed=2), normal(m, rank, seed=3)
+
+    def thin(values):
+        padded = np.pad(values, ((0, -m % 64), (0, 0)))
+        return padded if in_ring(rank) else padded.T.copy()
+
+    got, other = outer([(x, thin(g)), (dy, thin(h))], config, interpret=INTERPRET, **drop_options(masked))
+    dy, h = wide(dy, h)
+    check(other, dy.T @ h, abs(dy).T @ abs(h), m, np.float32, {"the other's": dy.T @ g.astype(np.float64)})
     x, g = wide(x, g)
     kept = mask(x.shape, THRESHOLD) if masked else 1.0
     mistakes = {"half": (kept * x).T @ g / 2, "a shorter sum": (kept * x)[64:].T @ g[64:]}
