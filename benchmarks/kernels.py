@@ -1,13 +1,15 @@
 """The Hopper kernels against XLA on one GPU: checked first, then timed.
 
     PYTHONPATH=. python3 benchmarks/kernels.py --out benchmarks/results/kernels.jsonl
+    PYTHONPATH=. python3 benchmarks/kernels.py --implementation triton --out benchmarks/results/triton.jsonl
     PYTHONPATH=.:interop:examples python3 benchmarks/kernels.py --train --out benchmarks/results/train_step.jsonl
 
 For each shape: the linear by XLA with a frozen weight (the reference, of which ratios are taken), plain LoRA by XLA
 (`lora_dot(implementation="xla")`) and the kernels, forward and forward + backward, with dropout and without; each
 kernel alone; and few rows, to see from where on the kernels pay. `forward + backward` is y and the gradient of x for
 the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the end. Within `--budget`
-seconds: what did not fit is named at the end. `--train`: a training step of a Llama, see `train_step.py`.
+seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead of the Hopper ones, and
+each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
 """
 
 from __future__ import annotations
@@ -38,10 +40,12 @@ from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
-from lora_jax.ops import lora_dot
+from lora_jax.ops import families, lora_dot
+from lora_jax.ops.families import FAMILIES
 from tests.kernels.problems import Problem, drawn, seed_words
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+family: Any = mosaic_lora  # the kernels that are timed
 RATE, THRESHOLD, SMS = 0.05, 3277, 132
 SHAPES = [
     (8192, 4096, 4096, 16),
@@ -93,12 +97,12 @@ def drop(seed: jax.Array | None) -> mosaic_lora.Drop | None:
 
 
 def kernels(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, seed: jax.Array | None = None) -> jax.Array:
-    return mosaic_lora.forward(x, w, a, b, drop(seed))[0]
+    return family.forward(x, w, a, b, drop(seed))[0]
 
 
 def kernels_both(x: jax.Array, dy: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, seed: Any = None) -> Any:
-    y, h = mosaic_lora.forward(x, w, a, b, drop(seed))
-    return y, *mosaic_lora.backward(dy, x, w, a, b, h, drop(seed))
+    y, h = family.forward(x, w, a, b, drop(seed))
+    return y, *family.backward(dy, x, w, a, b, h, drop(seed))
 
 
 def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
@@ -134,6 +138,14 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
         dict.fromkeys(rows, (2 * flops, 0)),
     )
     if not alone:
+        return
+    if family is not mosaic_lora:
+        from benchmarks import triton_from_jax
+
+        found, work = triton_from_jax.chains(xs, dys, w, a, b, seed, THRESHOLD)
+        bare = Chain("XLA frozen", frozen, x_only, (w,))
+        back = Chain("XLA frozen, input gradient", through, dy_only, (w,))
+        yield Group("alone", [bare, back, *found], work | dict.fromkeys((bare.row, back.row), (flops, 0)))
         return
     rank = padded_rank(r)
     a_t, b = pad(a.T, rank), pad(b, rank)
@@ -217,8 +229,8 @@ def check_small() -> None:
 
             @jax.jit
             def both(x, dy, w, a, b, options=options):
-                y, h = mosaic_lora.forward(x, w, a, b, options)
-                return y, *mosaic_lora.backward(dy, x, w, a, b, h, options)
+                y, h = family.forward(x, w, a, b, options)
+                return y, *family.backward(dy, x, w, a, b, h, options)
 
             problem.check(dict(zip("yxab", both(x, dy, w, a, b), strict=True)))
 
@@ -292,12 +304,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=240, help="seconds; no shape is begun that may not fit")
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
+    parser.add_argument("--implementation", choices=FAMILIES, default="mosaic_gpu")
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--commit", help="what to write as the commit where this is no git repository")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file instead of printing them")
     options = parser.parse_args()
     start, rows, longest = time.perf_counter(), [], 0.0
-    common = about() | ({"commit": options.commit} if options.commit else {})
+    global family
+    family = families.kernels(options.implementation)
+    common = about() | {"implementation": options.implementation}
+    common |= {"commit": options.commit} if options.commit else {}
 
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)

@@ -154,7 +154,7 @@ def target_device() -> Device:
         hopper = any(name in abstract.device_kind for name in ("H100", "H200", "H800", "H20"))
         kind = abstract.device_kind
         # A mesh of types alone says no more than the name, which is that of a whole GPU with all of its parts on.
-        whole = 132 if kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200") else None
+        whole = 132 if kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200") else abstract.num_cores
         return Device(_platform(abstract.platform, kind), kind, (9, 0) if hopper else None, whole)
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):

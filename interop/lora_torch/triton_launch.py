@@ -240,9 +240,9 @@ def _has_tma(device: int | None) -> bool:
 
 def _seen(tensor: torch.Tensor) -> Matrix:
     """Rows of a descriptor begin at multiples of 16 bytes, and so must the first."""
-    rows, columns = tensor.shape
+    (rows, columns), (row, column) = tensor.shape, tensor.stride()
     tma = tensor.data_ptr() % 16 == 0 and _has_tma(tensor.device.index)
-    return Matrix((rows, columns), tensor.stride(), tensor.element_size(), tma)
+    return Matrix((rows, columns), (row, column), tensor.element_size(), tma)
 
 
 def _described(tensor: Any, block: tuple[int, int]) -> Any:

@@ -12,7 +12,7 @@ are the fast path.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +21,12 @@ from lora_jax import _compat
 from lora_jax.kernels import mosaic, mosaic_adapted, tuned
 from lora_jax.kernels.gemm_config import K_TILE, in_ring, padded_rank
 from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
+from lora_jax.kernels.linear import Drop as Drop
+from lora_jax.kernels.linear import Wants as Wants
 from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
-
-
-class Drop(NamedTuple):
-    """Dropout of the low-rank branch: four int32 (see `mosaic_dropout.Mask`), and how many of 65536 are dropped."""
-
-    seed: jax.Array
-    threshold: int
-
-
-class Wants(NamedTuple):
-    """Which gradients somebody asked for."""
-
-    x: bool = True
-    a: bool = True
-    b: bool = True
 
 
 def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:

@@ -11,7 +11,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from lora_jax.kernels.triton_configs import GemmConfig, PassConfig, down_config, gemm_config, outer_config, padded
+from lora_jax.kernels.triton_configs import (
+    LEAST_SHARED_BYTES,
+    GemmConfig,
+    PassConfig,
+    down_config,
+    gemm_config,
+    outer_config,
+    padded,
+)
 
 STEPS = 65536  # of a dropout rate: what 16 bits tell apart
 
@@ -31,7 +39,8 @@ class Matrix:
 
     @property
     def T(self) -> Matrix:
-        return Matrix(self.shape[::-1], self.strides[::-1], self.itemsize, self.tma)
+        (rows, columns), (row, column) = self.shape, self.strides
+        return Matrix((columns, rows), (column, row), self.itemsize, self.tma)
 
     @property
     def describable(self) -> bool:
@@ -108,16 +117,16 @@ def outer(
 @functools.lru_cache(1024)
 def gemm(
     x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix, threshold: int, sms: int,
-    *, bias: bool = False, config: GemmConfig | None = None,
+    *, bias: bool = False, shared: int = LEAST_SHARED_BYTES, config: GemmConfig | None = None,
 ) -> Launch:  # fmt: skip
     """`x @ w + drop(h @ b) (+ bias)`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N); the mask is one of `y`.
 
-    A descriptor of `w` is one of `w.T` if `W_T`.
+    A descriptor of `w` is one of `w.T` if `W_T`. `shared`: bytes of shared memory that a program may have.
     """
     (m, k), n, r = x.shape, w.shape[1], h.shape[1]
     transposed = w.strides[0] == 1 != w.strides[1]
     tma = x.describable and y.describable and (w.T if transposed else w).describable
-    config = config or gemm_config(m, n, k, r, x.itemsize, tma=tma, dropout=threshold > 0)
+    config = config or gemm_config(m, n, k, r, x.itemsize, tma=tma, dropout=threshold > 0, shared=shared)
     tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
     blocks = {
         "x_ptr": (config.bm, config.bk),

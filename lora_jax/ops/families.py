@@ -41,9 +41,11 @@ class Family:
             return f"its kernels can't be imported: {error}"
 
 
+# The first that nothing speaks against is taken.
 # Tests put a family of reference kernels here, under a name of its own or in the place of one of these.
 FAMILIES: dict[str, Family] = {
     "mosaic_gpu": Family("lora_jax.kernels.mosaic_lora", ("cuda",), "a Hopper GPU (H100, H200)", ((9, 0), (9, 0))),
+    "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere, Ada or Hopper GPU", ((8, 0), (9, 0))),
 }
 
 
