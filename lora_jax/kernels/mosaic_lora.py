@@ -21,6 +21,7 @@ from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
+from lora_jax.kernels.mosaic_stages import stages as stages
 
 
 class Drop(NamedTuple):
