@@ -146,7 +146,7 @@ def _winner(
 
         return fn
 
-    expected = jax.jit(lambda *operands: list(_expected(*operands, rate, dtype)))(x, dy, w, a, b, key)
+    expected = jax.jit(lambda *operands: list(_expected(operands, rate, dtype)))(x, dy, w, a, b, key)
     inputs, names, runs = list(zip(_copies(x, calls), _copies(dy, calls), strict=True)), ["xla", *families], []
     for name in names:
         run = chained(both(name), inputs, (w, a, b, key))
@@ -177,13 +177,12 @@ def _operands(sizes: Sizes, dtype: Any) -> list[jax.Array]:
     return [*drawn[:3], *(factor.astype(jnp.float32) for factor in drawn[3:])]
 
 
-def _expected(
-    x: Any, dy: Any, w: Any, a: Any, b: Any, key: Any, rate: float, dtype: Any
-) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+def _expected(operands: Sequence[Any], rate: float, dtype: Any) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """(value, bound, value without the adapter or at half its size) of y, dx, dA and dB.
 
     The bounds are those of `lora_jax.reference.fused`, in float32.
     """
+    x, dy, w, a, b, key = operands
     keep = 1.0
     if rate:
         keep = keeps(seed_words(key), x.shape, (1,), threshold(rate)) * jnp.float32(65536 / (65536 - threshold(rate)))
