@@ -58,6 +58,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
+# Of these folders, where programs are small and most run once: making them fast took a third of the time.
+SMALL = ("core", "front_ends", "kernels", "cli")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    small = request.path.parent.name in SMALL and "real" not in request.path.name
+    if not small or request.config.option.markexpr == "gpu":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def strict_jax() -> Iterator[None]:
     """Makes implicit dtype and rank promotion errors.

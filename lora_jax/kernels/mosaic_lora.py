@@ -27,6 +27,7 @@ from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
+from lora_jax.kernels.mosaic_stages import stages as stages
 
 
 def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:

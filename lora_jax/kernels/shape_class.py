@@ -24,7 +24,7 @@ class ShapeClass:
 
 
 def class_of(m: int, k: int, n: int, rank: int, *, dropped: bool = False, transposed: bool = False) -> ShapeClass:
-    return ShapeClass(*map(_nearest, (m, k, n)), padded_rank(rank), dropped, transposed)
+    return ShapeClass(_nearest(m), _nearest(k), _nearest(n), padded_rank(rank), dropped, transposed)
 
 
 def distance(one: ShapeClass, other: ShapeClass) -> float:

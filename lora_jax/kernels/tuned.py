@@ -33,8 +33,16 @@ _GEMM: tuple[dict[str, Any], ...] = (
     {"stages": 3},
     {"delay": 0},
 )
-_DOWN = ((6, 128, 2), (4, 128, 2), (8, 64, 2), (4, 64, 2), (2, 64, 1))  # stages, depth, workers
-_OUTER = ((8, 2), (6, 2), (4, 2), (2, 1))  # stages, workers
+_DOWN = (
+    (6, 128, 2),
+    (6, 128, 3),
+    (4, 128, 2),
+    (8, 64, 2),
+    (6, 64, 3),
+    (4, 64, 2),
+    (2, 64, 1),
+)  # stages, depth, workers
+_OUTER = ((8, 2), (6, 2), (6, 3), (4, 2), (2, 1))  # stages, workers
 
 
 def gemm_config(m: int, k: int, n: int, rank: int, *, dropped: bool = False, transposed: bool = False) -> GemmConfig:

@@ -52,7 +52,7 @@ def kernels() -> str:
 def find(device: str, kernel: str, shape: ShapeClass) -> Mapping[str, Any] | None:
     """What was measured for this, or None."""
     key = (device, kernel, shape)
-    return _trials[-1].get(key) if _trials and key in _trials[-1] else _known().get(key)
+    return _trials[-1].get(key) if _trials and key in _trials[-1] else known().get(key)
 
 
 @contextlib.contextmanager
@@ -69,8 +69,8 @@ _trials: list[Entries] = []
 
 
 @functools.cache
-def _known() -> Entries:
-    """The file as it was when first asked for."""
+def known() -> Entries:
+    """What counts here, of the file as it was when first asked for."""
     file = path()
     try:
         return {key: entry for key, entry in _read(file).items() if entry["kernels"] == kernels()}
@@ -86,7 +86,7 @@ def _known() -> Entries:
 
 def reread() -> None:
     """Forgets what was read. What JAX has traced by now stays as it is: see `jax.clear_caches`."""
-    _known.cache_clear()
+    known.cache_clear()
 
 
 def store(entries: Entries) -> Path:

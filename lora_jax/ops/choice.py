@@ -26,18 +26,20 @@ class Choice:
 
     - `implementation`: `"xla"` or the name of a family of kernels.
     - `reasons`: `{name: why not}` for the others.
-    - `matrices`: the product as one of matrices, where it is one and a family might run it.
+    - `matrices`: the product as one of matrices, where kernels run.
     - `name`: of the parameter, where known.
+    - `sizes`: M, K, N and R, where the product is one of matrices.
     """
 
     implementation: str
     reasons: Mapping[str, str]
     matrices: Matrices | None = None
     name: str = ""
+    sizes: tuple[int, int, int, int] | None = None
 
     def __str__(self) -> str:
         size = ""
-        if self.matrices is not None and self.implementation != "xla":
+        if self.matrices is not None:
             size = "  M={}, K={}, N={}, R={}".format(*self.matrices.mknr)
             size += ", weight stored (N, K)" if self.matrices.transposed else ""
         return "\n".join([self.implementation + size, *(f"  not {name}: {why}" for name, why in self.reasons.items())])
@@ -104,13 +106,13 @@ def choose(
                 )
             else:
                 reasons[each] = why
-    seen = matrices if isinstance(matrices, Matrices) else None
     if chosen is None:
-        return record(Choice("xla", reasons, seen, name))
-    assert seen is not None
-    measured = _measured(chosen, seen, dropped) if implementation is None else None
+        mknr = matrices.mknr if isinstance(matrices, Matrices) else None
+        return record(Choice("xla", reasons, name=name, sizes=mknr))
+    assert isinstance(matrices, Matrices)
+    measured = _measured(chosen, matrices, dropped) if implementation is None else None
     why = measured[1] if measured else f"{chosen} can run and comes first"
-    return record(Choice(chosen, {"xla": why, **reasons}, seen, name))
+    return record(Choice(chosen, {"xla": why, **reasons}, matrices, name, matrices.mknr))
 
 
 def only_xla(what: str, implementation: str | None, name: str) -> None:
@@ -131,14 +133,8 @@ def record(choice: Choice) -> Choice:
 def _why_not(
     each: str, family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:
-    device = _compat.target_device()
-    if device.platform not in family.platforms:
-        return f"needs {family.needs}; the platform here is {device.platform}"
-    if family.capability is not None:
-        least, most = family.capability
-        if device.capability is None or not least <= device.capability <= most:
-            has = "an unknown compute capability" if device.capability is None else "{}.{}".format(*device.capability)
-            return f"needs {family.needs}; {device.kind} has {has}"
+    if why := device_lacks(family):
+        return why
     if why := _types(spec, x, w):
         return why
     if isinstance(matrices, str):
@@ -156,7 +152,21 @@ def _why_not(
     if (measured := _measured(each, matrices, dropped)) is not None:
         won, words = measured
         return None if won else words
-    return module.slower(m, k, n, rank, x.dtype, dropped, device.kind) if hasattr(module, "slower") else None
+    kind = _compat.target_device().kind
+    return module.slower(m, k, n, rank, x.dtype, dropped, kind) if hasattr(module, "slower") else None
+
+
+def device_lacks(family: Family) -> str | None:
+    """Why the device here is none for a family, or None."""
+    device = _compat.target_device()
+    if device.platform not in family.platforms:
+        return f"needs {family.needs}; the platform here is {device.platform}"
+    if family.capability is not None:
+        least, most = family.capability
+        if device.capability is None or not least <= device.capability <= most:
+            has = "an unknown compute capability" if device.capability is None else "{}.{}".format(*device.capability)
+            return f"needs {family.needs}; {device.kind} has {has}"
+    return None
 
 
 def _measured(each: str, matrices: Matrices, dropped: bool) -> tuple[bool, str] | None:

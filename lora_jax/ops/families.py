@@ -11,6 +11,7 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     Drop(seed, threshold): `seed` is four int32: the key's two words, and the first row and column of `x` in
         the whole array, the column a multiple of 128
     Wants(x, a, b)
+    stages(m, k, n, rank, dtype, threshold) -> what of it `tune` can tune, as `lora_jax.kernels.stage.Stage`s (optional)
 
 `h` may come back with as few as M rows. Modules are imported when they are first needed: Pallas takes its time.
 """

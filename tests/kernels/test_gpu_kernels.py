@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.kernels import tuned, tuning_cache
+from lora_jax.ops import tune
 from lora_jax.ops.families import FAMILIES, kernels
 from tests.kernels.problems import BF16, F16, Problem, seed_words
 
@@ -96,3 +98,21 @@ def test_one_gradient_alone(wanted, family):
     found = gradients(x, w, a, b, dy)
     assert [name for name, value in found.items() if value is not None] == [wanted]
     problem.check({wanted: found[wanted]})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_tune(rate, tmp_path, monkeypatch):
+    """Every candidate compiles and is right, and what won is used from then on."""
+    monkeypatch.setattr(tuning_cache, "path", lambda: tmp_path / "tuned.json")
+    told: list[str] = []
+    found = tune([(2048, 1024, 2048, 16)], dropout_rate=rate, calls=2, report=told.append)
+    assert not [line for line in told if line.startswith("left out")]
+    assert {kernel for _, kernel, _ in found} == {"gemm", "down", "outer", "implementation"}
+    tuning_cache.reread()
+    for (device, kernel, shape), entry in found.items():
+        assert device == jax.devices()[0].device_kind and tuning_cache.find(device, kernel, shape) == entry
+        if kernel == "gemm":
+            options = {"dropped": shape.dropped, "transposed": shape.transposed}
+            config = tuned.gemm_config(shape.m, shape.k, shape.n, shape.rank, **options)
+            assert tuned.tiles_of(config) == entry["config"]

@@ -17,6 +17,8 @@ from lora_jax.kernels.gemm_config import GemmConfig, in_ring
 from lora_jax.kernels.mosaic_down import DownConfig, down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import OuterConfig, outer
+from lora_jax.kernels.mosaic_stages import stages
+from lora_jax.kernels.stage import excess
 from tests.kernels.problems import BF16, F16, Problem, mask, normal, seed_words
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -145,6 +147,16 @@ def test_linear(problem):
     dx, da, db = mosaic_lora.backward(dy, x, w, a, b, h, drop, **options)
     assert (y.dtype, dx.dtype, da.dtype, db.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
     problem.check({"y": y, "x": dx, "a": da, "b": db})
+
+
+def test_what_tuning_expects_of_each_kernel():
+    """The kernels meet the bounds of `lora-jax tune`; half of a tail, or of a sum without its first part, does not."""
+    found = list(stages(64, 320, 320, 16, jnp.bfloat16, THRESHOLD, sms=2, interpret=INTERPRET))
+    assert [each.kernel for each in found] == ["gemm", "gemm", "down", "outer", "down", "outer"]
+    for each in found[1:4]:  # with dropout
+        expected = each.expected(*each.operands)
+        assert excess(each.run(each.candidates[0], *each.operands), expected.value, expected.bound) <= 1
+        assert excess(expected.mistake, expected.value, expected.bound) > 1
 
 
 def test_a_shard_draws_its_part_of_the_mask():
