@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
-from lora_jax import ops
 from benchmarks.timing import Job, measure, summary
 from lora_examples.llama import LlamaConfig, rotate
 from lora_examples.llama_linen import MLP
+from lora_jax import ops
 
 BATCH, LENGTH = 4, 2048
 CONFIG = LlamaConfig(
