@@ -73,14 +73,14 @@ def adapted(
     given = {"bias_g": padded_bias(bias, columns), "seed_g": seed}
     given = {name: operand for name, operand in given.items() if operand is not None}
 
-    def body(x_g, w_g, a_g, b_g, *rest):
+    def lora_adapted(x_g, w_g, a_g, b_g, *rest):
         _kernel(
             x_g, w_g, a_g, b_g, *rest[-3:], **dict(zip(given, rest, strict=False)),
             schedule=schedule, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
     y, h, _ = plgpu.kernel(
-        body,
+        lora_adapted,
         out_type=[
             jax.ShapeDtypeStruct((m, n), x.dtype),
             jax.ShapeDtypeStruct((RANK, height), x.dtype),

@@ -63,14 +63,14 @@ def gemm(
     given = {"thin_g": thin, "tail_g": tail, "bias_g": padded_bias(bias, config.block[1]), "seed_g": seed}
     given = {name: operand for name, operand in given.items() if operand is not None}
 
-    def body(x_g, w_g, *rest):
+    def lora_gemm(x_g, w_g, *rest):
         _kernel(
             x_g, w_g, rest[-1], **dict(zip(given, rest, strict=False)),
             rank=rank, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
     return plgpu.kernel(
-        body,
+        lora_gemm,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         grid=(sms // 2 if config.cluster else sms,),
         grid_names=("blocks",),

@@ -57,14 +57,14 @@ def outer(
     blocks = [pl.cdiv(x.shape[1], c.columns) for x, _ in pairs]
     operands = [operand for pair in pairs for operand in pair] + ([] if seed is None else [seed])
 
-    def body(*refs):
+    def lora_outer(*refs):
         *inputs, out_g = refs
         seed_g = inputs.pop() if seed is not None else None
         firsts = [sum(blocks[:i]) for i in range(len(blocks))]
         _kernel(list(zip(inputs[::2], inputs[1::2], firsts, strict=True)), seed_g, out_g, config=c, threshold=threshold)
 
     out = plgpu.kernel(
-        body,
+        lora_outer,
         out_type=jax.ShapeDtypeStruct((c.splits, sum(blocks) * c.columns, rank), jnp.float32),
         grid=(sum(blocks), c.splits),
         grid_names=("columns", "split"),

@@ -152,6 +152,9 @@ class Fused:
             b.reshape(r, n), self._drop(module, split, x, seed), transposed=self.matrices.transposed,
             **({} if bias is None else {"bias": bias.reshape(n)}),
         )  # fmt: skip
+        # In a scan XLA would let the kernel write what is kept of `y` where it is kept, and run it a second time for
+        # whoever else reads `y`.
+        y, h = lax.optimization_barrier((y, h))
         # Inside `shard_map` a kernel's results are typed as the same on all devices.
         y, h, *_ = _compat.vary_alike(y, h, x, w, a, b)
         rows = x.shape[: len(self.matrices.rows)]

@@ -255,3 +255,16 @@ def test_the_mesh_in_scope_says_what_is_compiled_for():
         assert explain(x, w, a, b).implementation == "xla"
         with jax.sharding.use_abstract_mesh(mesh):
             assert explain(x, w, a, b).implementation == "reference"
+
+
+def test_in_a_scan_results_reach_their_readers_by_a_barrier():
+    """Without it XLA writes `y` where the scan keeps it, and runs the kernel again for the other readers of `y`."""
+    x, w, a, b = normal(16, 64), normal(64, 32), normal(64, 4), normal(4, 32)
+
+    def fn(x, w, a, b):
+        return lax.scan(lambda x, w: (x + lora_dot(x, w, a, b, implementation="reference").sum(), None), x, w[None])[0]
+
+    operands = [cast(v, np.float16) for v in (x, w, a, b)]
+    with reference_kernels.installed(platform="cuda"), reference_kernels.pretending("NVIDIA H200"):
+        text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("optimization_barrier") == 1
