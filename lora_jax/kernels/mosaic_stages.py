@@ -55,7 +55,7 @@ def stages(
 
         candidates = tuned.gemm_candidates(m, inner, out, r, dropped=below > 0)
         shape = class_of(m, inner, out, r, dropped=below > 0, transposed=transposed)
-        return Stage("gemm", shape, candidates, run, expected, (x, w, thin, factor))
+        return Stage("mosaic_gemm", shape, candidates, run, expected, (x, w, thin, factor))
 
     def down_stage(x: Any, factor: Any, below: int) -> Stage:
         width = x.shape[1]
@@ -70,7 +70,7 @@ def stages(
             return Expected(value, bound, value - product(x[:, :64], factor[:64]))
 
         shape, found = class_of(m, width, 0, r, dropped=below > 0), tuned.down_candidates(m, width, r, sms)
-        return Stage("down", shape, found, run, expected, (x, factor))
+        return Stage("mosaic_down", shape, found, run, expected, (x, factor))
 
     def outer_stage(x: Any, thin: Any, below: int) -> Stage:
         width = x.shape[1]
@@ -84,7 +84,7 @@ def stages(
             return Expected(value, summed(m) * product(abs(x).T, abs(thin)), value - product(x[:64].T, thin[:64]))
 
         shape, found = class_of(m, width, 0, r, dropped=below > 0), tuned.outer_candidates(m, width, r, sms)
-        return Stage("outer", shape, found, run, expected, (x, thin))
+        return Stage("mosaic_outer", shape, found, run, expected, (x, thin))
 
     yield product_stage(x, w, h, b, 0, transposed=False)
     yield product_stage(dy, w, g, a_t, threshold, transposed=True)

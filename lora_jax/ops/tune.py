@@ -1,6 +1,6 @@
 """`tune`: which tiles and which implementation are the fastest for given sizes on the GPU here, kept for this user.
 
-Three kinds of measurement go into the file of `lora_jax/kernels/tuning_cache.py`: of each kernel of a family that says
+Two kinds of measurement go into the file of `lora_jax/kernels/tuning_cache.py`: of each kernel of a family that says
 what there is to tune (`stages` in `families.py`), the fastest of the candidates that give the right result; and of the
 whole product, forward and backward, whether XLA or a family is the fastest with these tiles.
 """
