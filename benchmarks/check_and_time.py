@@ -99,14 +99,15 @@ def _has(module: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="", help="what to write as the commit where this is no git repository")
-    parser.add_argument("--only", nargs="+", default=[], help="steps to take: tests, kernels, train, triton")
+    names = [step.name for step in steps(Path(), "")]
+    parser.add_argument("--only", nargs="+", default=names, choices=names, help="steps to take")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="the folder of the results")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     began, bad = time.monotonic(), []
     for step in steps(out, options.commit):
-        if options.only and step.name not in options.only:
+        if step.name not in options.only:
             continue
         if missing := [module for module in step.needs if not _has(module)]:
             print(f"{step.name}: left out, without {', '.join(missing)}", flush=True)

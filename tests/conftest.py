@@ -58,14 +58,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-# Of these folders, where programs are small and most run once: making them fast took a third of the time.
-SMALL = ("core", "front_ends", "kernels", "cli")
+# Of these folders, where programs are small and most run once: making them fast took a third of the time. Not of the
+# command line, which in a process of its own has to give the same bits.
+SMALL = ("core", "front_ends", "kernels")
 
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    small = request.path.parent.name in SMALL and "real" not in request.path.name
-    if not small or request.config.option.markexpr == "gpu":
+    if request.path.parent.name not in SMALL or request.config.option.markexpr == "gpu":
         yield
         return
     import jax

@@ -28,8 +28,9 @@ def stages(
     def normal(*shape: int, spread: float = 1.0) -> jax.Array:
         return (spread * jax.random.normal(next(keys), shape, jnp.float32)).astype(dtype)
 
-    def thin() -> jax.Array:
-        rows = jnp.pad(normal(m, rank), ((0, -m % 64), (0, 0)))
+    def laid(rows: jax.Array) -> jax.Array:
+        """As thin operands lie, with the zeros of `down`."""
+        rows = jnp.pad(rows, ((0, -m % 64), (0, 0)))
         return rows if ring else rows.T
 
     def options(below: int) -> dict[str, Any]:
@@ -37,17 +38,18 @@ def stages(
 
     x, dy, w = normal(m, k), normal(m, n), normal(k, n, spread=k**-0.5)
     a_t, b = normal(rank, k, spread=k**-0.5), normal(rank, n)
-    h, g = thin(), thin()
+    h, g = laid(normal(m, rank)), laid(normal(m, rank))
 
     def product_stage(x: Any, w: Any, thin: Any, factor: Any, below: int, transposed: bool) -> Stage:
         """`x·w` with the tail `thin·factor`, or with `wᵀ`."""
+        tail = factor.T if transposed and ring else factor
         inner, out = (n, k) if transposed else (k, n)
 
-        def run(config: Any, x: Any, w: Any, thin: Any, factor: Any) -> Any:
-            tail = factor.T if transposed and ring else factor
+        def run(config: Any, x: Any, w: Any, thin: Any, tail: Any) -> Any:
             return gemm(x, w, thin, tail, config, transposed=transposed, sms=sms, **options(below))
 
-        def expected(x: Any, w: Any, thin: Any, factor: Any) -> Expected:
+        def expected(x: Any, w: Any, thin: Any, tail: Any) -> Expected:
+            factor = tail.T if transposed and ring else tail
             w, thin, keep = w.T if transposed else w, _rows(thin, ring)[:m], kept((m, out), seed, below)
             base, low = product(x, w), keep * product(thin, factor)
             size = product(abs(x), abs(w)) + keep * product(abs(thin), abs(factor))
@@ -55,22 +57,22 @@ def stages(
 
         candidates = tuned.gemm_candidates(m, inner, out, r, dropped=below > 0)
         shape = class_of(m, inner, out, r, dropped=below > 0, transposed=transposed)
-        return Stage("gemm", shape, candidates, run, expected, (x, w, thin, factor))
+        return Stage("mosaic_gemm", shape, candidates, run, expected, (x, w, thin, tail))
 
     def down_stage(x: Any, factor: Any, below: int) -> Stage:
         width = x.shape[1]
 
         def run(config: Any, x: Any, factor: Any) -> Any:
-            return _rows(down(x, factor, config, **options(below)), ring)[:m]
+            return down(x, factor, config, **options(below))
 
         def expected(x: Any, factor: Any) -> Expected:
             x, factor = x * kept((m, width), seed, below), factor.T
             value = product(x, factor)
             bound = roundoff(dtype) * abs(value) + summed(width) * product(abs(x), abs(factor))
-            return Expected(value, bound, value - product(x[:, :64], factor[:64]))
+            return Expected(*map(laid, (value, bound, value - product(x[:, :64], factor[:64]))))
 
         shape, found = class_of(m, width, 0, r, dropped=below > 0), tuned.down_candidates(m, width, r, sms)
-        return Stage("down", shape, found, run, expected, (x, factor))
+        return Stage("mosaic_down", shape, found, run, expected, (x, factor))
 
     def outer_stage() -> Stage:
         def run(config: Any, x: Any, g: Any, dy: Any, h: Any) -> Any:
@@ -82,15 +84,31 @@ def stages(
             bound = summed(m) * jnp.concatenate([product(abs(x).T, abs(thin)) for x, thin in pairs])
             return Expected(value, bound, value - jnp.concatenate([product(x[:64].T, t[:64]) for x, t in pairs]))
 
+<<<<<<< HEAD
         shape, found = class_of(m, k + n, 0, r, dropped=threshold > 0), tuned.outer_candidates(m, k + n, r, sms)
         return Stage("outer", shape, found, run, expected, (x, g, dy, h))
+=======
+        def expected(x: Any, thin: Any) -> Expected:
+            x, thin = x * kept((m, width), seed, below), _rows(thin, ring)[:m]
+            value = product(x.T, thin)
+            return Expected(value, summed(m) * product(abs(x).T, abs(thin)), value - product(x[:64].T, thin[:64]))
+
+        shape, found = class_of(m, width, 0, r, dropped=below > 0), tuned.outer_candidates(m, width, r, sms)
+        return Stage("mosaic_outer", shape, found, run, expected, (x, thin))
+>>>>>>> wt-tune
 
     yield product_stage(x, w, h, b, 0, transposed=False)
     yield product_stage(dy, w, g, a_t, threshold, transposed=True)
     yield down_stage(x, a_t, threshold)
+<<<<<<< HEAD
     if n != k or threshold:
         yield down_stage(dy, b, 0)
     yield outer_stage()
+=======
+    yield outer_stage(x, g, threshold)
+    yield down_stage(dy, b, 0)
+    yield outer_stage(dy, h, 0)
+>>>>>>> wt-tune
 
 
 def _rows(thin: jax.Array, ring: bool) -> jax.Array:

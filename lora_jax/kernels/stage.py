@@ -24,7 +24,10 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(config, *operands)` gives a result that `expected(*operands)` judges; the general configuration is first."""
+    """`run(config, *operands)` gives a result that `expected(*operands)` judges; the general configuration is first.
+
+    `kernel`: a name that no other family has. Who launches it asks `tuned.measured(kernel, shape, candidates)`.
+    """
 
     kernel: str
     shape: ShapeClass

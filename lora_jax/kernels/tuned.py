@@ -6,7 +6,7 @@ tiles are taken that are among the candidates of the very sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_jax.kernels.mosaic_outer import OuterConfig
 from lora_jax.kernels.shape_class import ShapeClass, class_of, distance
 from lora_jax.kernels.tuned_rows import RACES, TILES, Race
 
-# Each one was run under the interpreter or on a GPU; the general tiles with these changes are the candidates.
+# Changes to the general tiles that `tune` tries.
 _GEMM: tuple[dict[str, Any], ...] = (
     {},
     {"width": 4},
@@ -47,15 +47,15 @@ _OUTER = ((8, 2), (6, 2), (6, 3), (4, 2), (2, 1))  # stages, workers
 
 def gemm_config(m: int, k: int, n: int, rank: int, *, dropped: bool = False, transposed: bool = False) -> GemmConfig:
     shape = class_of(m, k, n, rank, dropped=dropped, transposed=transposed)
-    return _measured("gemm", shape, gemm_candidates(m, k, n, rank, dropped=dropped))
+    return measured("mosaic_gemm", shape, gemm_candidates(m, k, n, rank, dropped=dropped))
 
 
 def down_config(m: int, k: int, rank: int, sms: int, *, dropped: bool = False) -> DownConfig:
-    return _measured("down", class_of(m, k, 0, rank, dropped=dropped), down_candidates(m, k, rank, sms))
+    return measured("mosaic_down", class_of(m, k, 0, rank, dropped=dropped), down_candidates(m, k, rank, sms))
 
 
 def outer_config(m: int, k: int, rank: int, sms: int, *, dropped: bool = False) -> OuterConfig:
-    return _measured("outer", class_of(m, k, 0, rank, dropped=dropped), outer_candidates(m, k, rank, sms))
+    return measured("mosaic_outer", class_of(m, k, 0, rank, dropped=dropped), outer_candidates(m, k, rank, sms))
 
 
 def gemm_candidates(m: int, k: int, n: int, rank: int, *, dropped: bool = False) -> list[GemmConfig]:
@@ -122,7 +122,8 @@ def _fitting(found: list[Any], rank: int) -> list[Any]:
     return fitting
 
 
-def _measured(kernel: str, shape: ShapeClass, candidates: list[Any]) -> Any:
+def measured(kernel: str, shape: ShapeClass, candidates: Sequence[Any]) -> Any:
+    """Of the candidates the one measured as the fastest, by the user or by us, else the first. For any family."""
     device = _compat.target_device().kind
     entry = tuning_cache.find(device, kernel, shape)
     wanted = [entry["config"]] if entry else []

@@ -1,6 +1,6 @@
 """`tune`: which tiles and which implementation are the fastest for given sizes on the GPU here, kept for this user.
 
-Three kinds of measurement go into the file of `lora_jax/kernels/tuning_cache.py`: of each kernel of a family that says
+Two kinds of measurement go into the file of `lora_jax/kernels/tuning_cache.py`: of each kernel of a family that says
 what there is to tune (`stages` in `families.py`), the fastest of the candidates that give the right result; and of the
 whole product, forward and backward, whether XLA or a family is the fastest with these tiles.
 """
@@ -80,7 +80,9 @@ def tune(
         entries: Entries = {}
         for name, module in able.items():
             for stage in module.stages(*sizes, dtype, below) if hasattr(module, "stages") else ():  # type: ignore[union-attr]
-                entries |= _fastest_tiles(name, stage, calls, timer, report)
+                # Without dropout, the passes over `x` and over `dy` may be of one class.
+                if (_compat.target_device().kind, stage.kernel, stage.shape) not in entries:
+                    entries |= _fastest_tiles(name, stage, calls, timer, report)
         with tuning_cache.trying(entries):
             entries |= _winner(sizes, list(able), dropout_rate, dtype, calls, timer, report)
         tuning_cache.store(entries)

@@ -117,11 +117,11 @@ def test_tune(rate, tmp_path, monkeypatch):
     told: list[str] = []
     found = tune([(2048, 1024, 2048, 16)], dropout_rate=rate, calls=2, report=told.append)
     assert not [line for line in told if line.startswith("left out")]
-    assert {kernel for _, kernel, _ in found} == {"gemm", "down", "outer", "implementation"}
+    assert {kernel for _, kernel, _ in found} == {"mosaic_gemm", "mosaic_down", "mosaic_outer", "implementation"}
     tuning_cache.reread()
     for (device, kernel, shape), entry in found.items():
         assert device == jax.devices()[0].device_kind and tuning_cache.find(device, kernel, shape) == entry
-        if kernel == "gemm":
+        if kernel == "mosaic_gemm":
             options = {"dropped": shape.dropped, "transposed": shape.transposed}
             config = tuned.gemm_config(shape.m, shape.k, shape.n, shape.rank, **options)
             assert tuned.tiles_of(config) == entry["config"]

@@ -30,7 +30,7 @@ def file(tmp_path, monkeypatch):
 
 def tiles(config=OTHER, device=H100, shape=SHAPE, **options):
     content = {"config": dict(tuned.tiles_of(config)), "microseconds": {"best": 1.0}, **about()}
-    return {(device, "gemm", class_of(*shape, **options)): content}
+    return {(device, "mosaic_gemm", class_of(*shape, **options)): content}
 
 
 def race(winner, device=H100, **times):
@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_results():
             assert (*each[:5], each.commit, ratio) in lines
     for each in tuned_rows.TILES:
         shape = ShapeClass(**each.shape)
-        if each.kernel == "gemm":
+        if each.kernel == "mosaic_gemm":
             config = GemmConfig(**each.config)
             assert unsupported(shape.m, shape.k, shape.n, shape.rank, config, masked=shape.dropped) is None
 
