@@ -84,31 +84,14 @@ def stages(
             bound = summed(m) * jnp.concatenate([product(abs(x).T, abs(thin)) for x, thin in pairs])
             return Expected(value, bound, value - jnp.concatenate([product(x[:64].T, t[:64]) for x, t in pairs]))
 
-<<<<<<< HEAD
         shape, found = class_of(m, k + n, 0, r, dropped=threshold > 0), tuned.outer_candidates(m, k + n, r, sms)
-        return Stage("outer", shape, found, run, expected, (x, g, dy, h))
-=======
-        def expected(x: Any, thin: Any) -> Expected:
-            x, thin = x * kept((m, width), seed, below), _rows(thin, ring)[:m]
-            value = product(x.T, thin)
-            return Expected(value, summed(m) * product(abs(x).T, abs(thin)), value - product(x[:64].T, thin[:64]))
-
-        shape, found = class_of(m, width, 0, r, dropped=below > 0), tuned.outer_candidates(m, width, r, sms)
-        return Stage("mosaic_outer", shape, found, run, expected, (x, thin))
->>>>>>> wt-tune
+        return Stage("mosaic_outer", shape, found, run, expected, (x, g, dy, h))
 
     yield product_stage(x, w, h, b, 0, transposed=False)
     yield product_stage(dy, w, g, a_t, threshold, transposed=True)
     yield down_stage(x, a_t, threshold)
-<<<<<<< HEAD
-    if n != k or threshold:
-        yield down_stage(dy, b, 0)
-    yield outer_stage()
-=======
-    yield outer_stage(x, g, threshold)
     yield down_stage(dy, b, 0)
-    yield outer_stage(dy, h, 0)
->>>>>>> wt-tune
+    yield outer_stage()
 
 
 def _rows(thin: jax.Array, ring: bool) -> jax.Array:
