@@ -9,6 +9,9 @@ A LoRA linear is four calls forward and backward, with `h` kept in between (M * 
     g = down(dy, b.T, scale);      dx = input_gradient(dy, w, g, a, drop)
     da = outer(g, x, drop).T;      db = outer(h, dy)
 
+This drops elements of `x`. To drop elements of the low-rank result instead, give `drop` to `forward`, to `g`'s `down`
+and to `db`'s `outer`, and to no other.
+
 `w` is (K, N): pass `linear.weight.T`, a view. So are `a` (K, R), PyTorch's `lora_A.weight.T`, and `b` (R, N).
 """
 
@@ -110,14 +113,17 @@ def forward(
     h: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None = None,
+    drop: Drop | None = None,
     *,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
-    """`x @ w + h @ b + bias`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N) of `x.dtype`, rounded once.
+    """`x @ w + mask / (1 - rate) * (h @ b) + bias`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N), rounded once.
+
+    `drop` drops elements of the low-rank result, (M, N); what drops elements of `x` goes to `down`.
 
     Raises: as `down`.
     """
-    return _gemm(x, w, h, b, bias, None, config)
+    return _gemm(x, w, h, b, bias, drop, config)
 
 
 def input_gradient(
@@ -195,7 +201,7 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
         if tensors[left].shape[i] != tensors[right].shape[j]:
             shapes = {name: tuple(tensors[name].shape) for name in (left, right)}
             raise ValueError(f"dimension {i} of `{left}` and dimension {j} of `{right}` differ: {shapes}")
-    if _interpreting():
+    if interpreting():
         if first.dtype == torch.bfloat16:
             raise RuntimeError("TRITON_INTERPRET=1: Triton's interpreter multiplies bfloat16 wrongly; use float16")
     elif first.device.type != "cuda":
@@ -217,7 +223,7 @@ def _kernel(name: str) -> Any:
 
 
 @functools.cache
-def _interpreting() -> bool:
+def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU. It decides when a kernel is imported, so the answer never changes."""
     return "Interpreted" in type(_kernel("sum")).__name__
 

@@ -4,6 +4,8 @@ The ```python blocks of one page run in order and share their names, as a reader
 A block that cannot run here says so in its first line, with the reason:
 
     ```python no-run: needs two GPUs
+
+A page about what not every installation has says so in its first line: `<!-- needs: torch, peft -->`.
 """
 
 import re
@@ -13,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEEDS = re.compile(r"<!-- needs: (.*) -->\n")
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -42,8 +45,12 @@ def run(page: Path, text: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text(encoding="utf-8")
+    if found := NEEDS.match(text):
+        for module in found[1].split(", "):
+            pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    run(page, page.read_text(encoding="utf-8"))
+    run(page, text)
 
 
 def test_a_wrong_example_is_noticed() -> None:
