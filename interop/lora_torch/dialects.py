@@ -22,7 +22,7 @@ from .torchtune_names import TuneDecoder
 
 # The parts of an adapter; any other part of a key is a tensor of the base, under its own name.
 A, B, MAGNITUDE = "a", "b", "magnitude"
-_PARTS = (A, B, MAGNITUDE)
+PARTS = (A, B, MAGNITUDE)
 # Left over in a base tensor's name, these tell of an adapter that was not understood.
 _MARKS = ("lora_", "modules_to_save.", "original_module.", "base_layer.")
 
@@ -86,7 +86,7 @@ class Tensors:
         """`{module: {"a": …, "b": …, "magnitude": …}}` of what is adapted."""
         out: dict[str, dict[str, Any]] = {}
         for (module, part), value in self.values.items():
-            if part in _PARTS:
+            if part in PARTS:
                 out.setdefault(module, {})[part] = value
         return out
 
@@ -129,7 +129,7 @@ def translate(
         )
     tensors = take_apart(state_dict, source, adapter_name)
     _check_bias(tensors, source, target)
-    kept = {key: x for key, x in tensors.values.items() if keep == "all" or (key[1] in _PARTS) == (keep == "adapter")}
+    kept = {key: x for key, x in tensors.values.items() if keep == "all" or (key[1] in PARTS) == (keep == "adapter")}
     marked = tensors.adapted | frozenset(adapted)
     if decoder is not None:
         move = decoder.to_hf if source == "torchtune" else decoder.to_tune
@@ -172,7 +172,7 @@ def put_together(tensors: Tensors, target: DialectName, adapter_name: str = "def
     problems = []
     for (module, part), value in tensors.values.items():
         dot = "." if module else ""
-        if part in _PARTS:
+        if part in PARTS:
             if not dialect.a:
                 problems.append(f"{module or '(root)'}: {target!r} has no adapters; merge them, or pass keep='base'")
                 continue
@@ -190,7 +190,7 @@ def put_together(tensors: Tensors, target: DialectName, adapter_name: str = "def
 
 
 def _factor(name: str, dialect: Dialect, adapter: str) -> tuple[str, str, bool] | None:
-    for part in _PARTS:
+    for part in PARTS:
         end = dialect.ending(part, adapter)
         if end and (name == end or name.endswith(f".{end}")):
             return name.removesuffix(end).removesuffix("."), part, True
@@ -232,5 +232,5 @@ def _check_bias(tensors: Tensors, source: str, target: str) -> None:
     if biased:
         raise ValueError(
             f"{', '.join(biased[:3])}: a DoRA layer of torchtune multiplies its bias by the magnitude, one of "
-            f"{target if source == 'torchtune' else source!r} does not; it cannot be carried over with its bias"
+            f"{target if source == 'torchtune' else source!r} does not: merge it where it is"
         )

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .naming import nearest
-from .patterns import Pattern
-from .rotary import rotary_to_half, rotary_to_interleaved
+from .patterns import Pattern, nearest
 
 # torchtune's module -> transformers' module.
 MODULES = {
@@ -66,15 +64,15 @@ class TuneDecoder:
         **Raises:** `ValueError` for a module that the table lacks, or q or k rows that are not the heads'.
         """
         tensor = "weight" if tensor == "scale" and module.rpartition(".")[2] in _NORMS else tensor
-        return _renamed(module, MODULES), tensor, self._rows(module, tensor, value, rotary_to_half)
+        return _renamed(module, MODULES), tensor, self._rows(module, tensor, value, "rotary_to_half")
 
     def to_tune(self, module: str, tensor: str, value: Any) -> tuple[str, str, Any]:
         """The exact inverse of `to_hf`."""
         out = _renamed(module, {hf: tune for tune, hf in MODULES.items()})
         tensor = "scale" if tensor == "weight" and out.rpartition(".")[2] in _NORMS else tensor
-        return out, tensor, self._rows(module, tensor, value, rotary_to_interleaved)
+        return out, tensor, self._rows(module, tensor, value, "rotary_to_interleaved")
 
-    def _rows(self, module: str, tensor: str, value: Any, reorder: Any) -> Any:
+    def _rows(self, module: str, tensor: str, value: Any, reorder: str) -> Any:
         """q's and k's output rows in the other order: weight, bias, B and magnitude have them, A has none."""
         heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}.get(module.rpartition(".")[2])
         if heads is None or tensor == "a":
@@ -84,7 +82,11 @@ class TuneDecoder:
                 f"{module} ({tensor}) has {value.shape[0]} rows, which are not {heads} heads of {self.head_dim}: state "
                 "the model's `num_heads`, `num_kv_heads` and `head_dim`"
             )
-        return reorder(value, heads) if self.interleaved else value
+        if not self.interleaved:
+            return value
+        from . import rotary  # which brings jax, and torchtune's modules need none
+
+        return getattr(rotary, reorder)(value, heads)
 
 
 def _renamed(module: str, table: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from lora_torch.naming import nearest
+from lora_torch.patterns import nearest
 
 # Linear layers of torchtune's attention that can be adapted.
 LORA_ATTN_MODULES = Literal["q_proj", "k_proj", "v_proj", "output_proj"]
