@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +37,11 @@ def write_state_dict(
         arrays = {name: np.ascontiguousarray(_array(name, x, "numpy")) for name, x in state_dict.items()}
         save_file(arrays, path, {"format": "pt"})
     elif kind == "dcp":
-        import torch.distributed as dist
         from torch.distributed.checkpoint.state_dict_saver import save
 
         tensors = {name: _array(name, x, "torch") for name, x in state_dict.items()}
-        save(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with _alone() as no_dist:
+            save(tensors, checkpoint_id=path, no_dist=no_dist)
     else:
         raise ValueError(f"format={format!r} is none of 'safetensors' and 'dcp'")
     return path
@@ -77,7 +79,6 @@ def read_state_dict(path: str | Path, *, prefix: str = "", kind: Kind = "torch")
 
 def _read_dcp(path: Path, prefix: str) -> dict[str, Any]:
     import torch
-    import torch.distributed as dist
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -92,8 +93,19 @@ def _read_dcp(path: Path, prefix: str) -> dict[str, Any]:
         if isinstance(entry, TensorStorageMetadata)
     }
     if out:
-        load(out, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with _alone() as no_dist:
+            load(out, checkpoint_id=path, no_dist=no_dist)
     return out
+
+
+@contextmanager
+def _alone() -> Iterator[bool]:
+    """Whether this process is in no group: what torch, told so, warns of all the same."""
+    import torch.distributed as dist
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield not (dist.is_available() and dist.is_initialized())
 
 
 def _array(name: str, x: Any, kind: Kind) -> Any:

@@ -4,6 +4,8 @@ The ```python blocks of one page run in order and share their names, as a reader
 A block that cannot run here says so in its first line, with the reason:
 
     ```python no-run: needs two GPUs
+
+A page that is about an optional package begins with `<!-- needs: torch -->`, and is left out where that is missing.
 """
 
 import re
@@ -14,6 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+
+
+NEEDS = re.compile(r"^<!-- needs: (?P<package>\w+) -->$", re.MULTILINE)
 
 
 def snippets(text: str) -> list[tuple[int, str]]:
@@ -43,7 +48,10 @@ def run(page: Path, text: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run(page, page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    for found in NEEDS.finditer(text):
+        pytest.importorskip(found["package"])
+    run(page, text)
 
 
 def test_a_wrong_example_is_noticed() -> None:
