@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from lora_torch import from_torch_state_dict, translate  # noqa: E402
 from lora_torch import torchtune as tt  # noqa: E402
 from lora_torch.torchtune.nf4 import dequantised, is_nf4, to_nf4  # noqa: E402
 
@@ -65,6 +67,19 @@ def test_state_dicts_of_quantised_layers(qat: Any, tmp_path: Path) -> None:
     merged = tt.get_merged_lora_ckpt(state, 2, 3.0)
     assert list(merged) == ["weight"]
     torch.testing.assert_close(merged["weight"], dequantised(module.weight.detach()) + 3.0)
+
+
+def test_a_quantised_base_has_no_form_in_flax(qat: Any) -> None:
+    layer = torch.nn.ModuleDict({"up": tt.LoRALinear(16, 8, 2, 3.0, quantize_base=True, **BLOCKS)})
+    base = translate(layer.state_dict(), "torchtune", "plain", keep="base")
+    like = {"up": {"kernel": np.zeros((16, 8), np.float32)}}
+    with pytest.raises(
+        TypeError, match="up.weight: a NF4Tensor keeps its values in other tensors; make it dense first"
+    ):
+        from_torch_state_dict(base, like, preset="linen")
+    dense = {name: dequantised(value) for name, value in base.items()}
+    params = from_torch_state_dict(dense, like, preset="linen", kind="numpy")
+    assert np.array_equal(params["up"]["kernel"].T, dense["up.weight"].numpy())
 
 
 def test_refused_quantisations(qat: Any) -> None:
