@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, expected_leaves
 from lora_jax.planning import Plan
 from lora_jax.sites import LORA_A, LORA_B, Site
 
@@ -174,16 +174,19 @@ def load_torch_adapter(
 
 
 def linear_places(sites: Sequence[Site], names: Names) -> list[Placement]:
-    """Where each low-rank site goes. **Raises** `ValueError` for those that are no linear layers in torch."""
+    """Where each low-rank site goes. **Raises** `ValueError` for those that are no linear layers with A and B alone."""
     placed = places(sites, as_naming(names))
-    raise_together(
-        "only linear layers can be exchanged with a torch model in memory",
-        [
-            f"`{place.site.name}` is of kind {place.kind!r} in PyTorch: use `save_peft` and `load_peft` for it"
-            for place in placed
-            if place.kind != "linear"
-        ],
-    )
+    problems = [
+        f"`{place.site.name}` is of kind {place.kind!r} in PyTorch: use `save_peft` and `load_peft` for it"
+        for place in placed
+        if place.kind != "linear"
+    ]
+    for site in sites:
+        more = set(expected_leaves((site,))) - {site.leaf_path(LORA_A), site.leaf_path(LORA_B)}
+        if more and not site.is_full:
+            leaves = ", ".join(".".join(path) for path in sorted(more))
+            problems.append(f"`{site.name}` also trains {leaves}: use `save_peft` and `load_peft` for it")
+    raise_together("only A and B of linear layers can be exchanged with a torch model in memory", problems)
     return placed
 
 

@@ -94,7 +94,7 @@ class Factors:
         return self.a.shape[0] // self.experts
 
 
-def to_modules(place: Placement, a: Any, b: Any) -> dict[str, Factors]:
+def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Factors]:
     """The factors of every module of one site in the dtypes given; views where that is possible."""
     site = place.site
     a_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("i"), RANK)
@@ -244,7 +244,7 @@ def _conv_in(a: np.ndarray, b: np.ndarray, groups: int, name: str) -> tuple[np.n
     return own.reshape(rank, channels // groups, *window), wide.reshape(b.shape[0], rank)
 
 
-def _take(array: Any, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> Any:
+def _take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> np.ndarray:
     """`array` with the axes in `at` indexed away and the others in `order`."""
     rest = [axis for axis in axes if axis not in at]
     kept = array[tuple(at.get(axis, slice(None)) for axis in axes)]
