@@ -106,21 +106,14 @@ def leaf_at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 def expected_leaves(sites: tuple[Site, ...]) -> dict[tuple[str, ...], tuple[int, ...]]:
     """`{leaf path: shape}` of an adapter with these sites."""
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for site in sites:
-        if site.is_full:
-            shapes[site.path] = site.shape
-        else:
-            shapes[site.leaf_path(LORA_A)] = site.a_shape
-            shapes[site.leaf_path(LORA_B)] = site.b_shape
-    return shapes
+    return {path: shape for site in sites for path, shape in site.leaves.items()}
 
 
 def check_places(sites: tuple[Site, ...]) -> None:
     """Raises unless every leaf of an adapter with these sites has a place of its own in the tree."""
     owners: dict[tuple[str, ...], Site] = {}
     for site in sites:
-        for path in expected_leaves((site,)):
+        for path in site.leaves:
             _refuse_clash(owners.setdefault(path, site), site, path)
     for path, site in owners.items():
         for end in range(1, len(path)):

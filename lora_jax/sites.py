@@ -126,9 +126,14 @@ class Site:
     @property
     def parameters(self) -> int:
         """Trainable parameters this site adds."""
+        return sum(map(math.prod, self.leaves.values()))
+
+    @cached_property
+    def leaves(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """`{path in the adapter tree: shape}` of every leaf that this site trains."""
         if self.is_full:
-            return math.prod(self.shape)
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+            return {self.path: self.shape}
+        return {self.leaf_path(LORA_A): self.a_shape, self.leaf_path(LORA_B): self.b_shape}
 
     def leaf_path(self, factor: str) -> tuple[str, ...]:
         """Path of a factor in the adapter tree: `.../q_proj/lora_A/kernel`."""
