@@ -13,6 +13,7 @@ from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
 from lora_jax.merging import merge as merge
 from lora_jax.merging import unmerge as unmerge
+from lora_jax.merging import weight_norms as weight_norms
 from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
 from lora_jax.sites import Site as Site

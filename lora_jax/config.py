@@ -33,6 +33,8 @@ class LoRAConfig:
     - `layers_to_transform`, `layers_pattern`: keep only these layers; an entry of `target_modules` that spells
       out a whole name is kept in any layer, as in PEFT.
     - `rank_pattern`, `alpha_pattern`: `{pattern: value}`, first match wins; a pattern matches the end of a name.
+    - `use_dora`: train a magnitude for each output beside the factors, which then change the direction only (Liu et
+      al., arXiv:2402.09353). Costs a pass over each weight per call, and with dropout a second product.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
     - `dropout`: probability on the input of the low-rank branch, in [0, 1), kept to 1/65536. Active only when a key is
       given, and not on embeddings that are looked up; the plan notes every parameter on which it has no effect.
@@ -56,6 +58,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     use_rslora: bool = False
+    use_dora: bool = False
     dropout: float = 0.0
     init: str = "kaiming"
     dtype: Any = "float32"
@@ -78,9 +81,11 @@ class LoRAConfig:
             if not isinstance(value, Mapping):
                 raise TypeError(f"`{name}` maps patterns to numbers, got {type(value).__name__}.")
             set_(name, {_regex(name, key): check(f"{name}[{key!r}]", number) for key, number in value.items()})
-        if not isinstance(self.use_rslora, bool | np.bool_):
-            raise TypeError(f"`use_rslora={self.use_rslora!r}`: write True or False.")
-        set_("use_rslora", bool(self.use_rslora))
+        for name in ("use_rslora", "use_dora"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise TypeError(f"`{name}={value!r}`: write True or False.")
+            set_(name, bool(value))
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout={self.dropout!r}` must be a probability in [0, 1), e.g. 0.05.")
         set_("dropout", _plain(self.dropout))

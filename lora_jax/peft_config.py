@@ -32,7 +32,8 @@ _INITS_BACK = {str(peft): ours for ours, peft in _INITS.items()}
 # Read: they have a field here.
 _MAPPED = frozenset(
     "peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern modules_to_save use_rslora lora_dropout init_lora_weights target_parameters task_type".split()
+    "alpha_pattern modules_to_save use_rslora use_dora lora_dropout init_lora_weights target_parameters "
+    "task_type".split()
 )
 # Without effect on what is computed: bookkeeping, storage order (the file's factors have one orientation in any
 # case), sizes that matter only beside a switch in `_REFUSED`, and tying, which a tied table does here by itself.
@@ -43,8 +44,8 @@ _IGNORED = frozenset(
 # Every one of these is off when it is falsy, in all of PEFT's releases; `bias` is off at "none".
 _REFUSED = frozenset(
     "alora_invocation_tokens arrow_config bias corda_config eva_config kasa_config layer_replication loftq_config "
-    "lora_bias lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_dora "
-    "use_qalora velora_config".split()
+    "lora_bias lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_qalora "
+    "velora_config".split()
 )
 # PEFT cannot merge these, or merges them wrongly.
 _NEVER_MERGED = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
@@ -100,6 +101,7 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         alpha_pattern=data.get("alpha_pattern") or {},
         modules_to_save=data.get("modules_to_save") or (),
         use_rslora=data.get("use_rslora") or False,
+        use_dora=data.get("use_dora") or False,
         dropout=data.get("lora_dropout") or 0.0,
         init=_INITS_BACK[str(init)],
     )
@@ -161,6 +163,7 @@ def to_peft(
         "alpha_pattern": {k: plain_number(v) for k, v in config.alpha_pattern.items()},
         "modules_to_save": list(config.modules_to_save),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
     }
     return {**out, **{key: value for key, value in optional.items() if value}}
 

@@ -17,8 +17,9 @@ from lora_jax.initialisers import init_factors
 from lora_jax.interpret import Interpreter
 from lora_jax.layout import layout_of, stated_layout
 from lora_jax.selection import Row, select
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import LORA_A, LORA_B, MAGNITUDE, Site
 from lora_jax.undropped import InertDropoutWarning, dropout_note, has_dropout
+from lora_jax.weights.norms import norms
 from lora_jax.weights.probe import Probe, Record, probe_weight
 from lora_jax.weights.virtual import Virtual
 
@@ -44,16 +45,17 @@ class Plan:
     def init(self, key: jax.Array, params: Any = None) -> Adapter:
         """A new adapter. Each site's factors depend on `key` and the site's name only.
 
-        **Arguments:** `params` is needed only with `modules_to_save`, whose copies start at the base's values.
+        **Arguments:** `params` is needed only with `modules_to_save`, whose copies start at the base's values, and with
+        `use_dora`, whose magnitudes start at the norms of the base with its factors.
 
-        **Raises:** `ValueError` if `modules_to_save` is used and `params` is not given.
+        **Raises:** `ValueError` if either is used and `params` is not given.
         """
-        full = [site for site in self.sites if site.is_full]
         values: dict[tuple[str, ...], Any] = {}
-        if full:
+        if needy := [site for site in self.sites if site.is_full or site.dora]:
             if params is None:
+                what = "`modules_to_save` trains copies" if needy[0].is_full else "`use_dora` starts at the norms"
                 raise ValueError(
-                    f"`modules_to_save` trains copies of {', '.join(s.name for s in full)}: pass the base "
+                    f"{what} of {', '.join(s.name for s in needy[:3])}{', …' if len(needy) > 3 else ''}: pass the base "
                     "parameters, `plan.init(key, params)`."
                 )
             paths, leaves, _ = tracing.flatten_params(params)
@@ -67,6 +69,8 @@ class Plan:
             else:
                 a, b = init_factors(site, key, self.config.init, self.config.dtype)
                 out[site.leaf_path(LORA_A)], out[site.leaf_path(LORA_B)] = a, b
+                if site.dora:
+                    out[site.leaf_path(MAGNITUDE)] = norms(site, values[site.path], a, b).astype(a.dtype)
         return Adapter.from_leaves(out, self.sites)
 
     def count(self) -> int:

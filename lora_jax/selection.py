@@ -152,7 +152,7 @@ class _Chooser:
         return Site(
             path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), op=layout.op, atoms=layout.atoms,
             roles=layout.roles, rank=int(rank), alpha=float(alpha), rslora=config.use_rslora,
-            kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied,
+            kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied, dora=config.use_dora,
         )  # fmt: skip
 
     def _value(self, field: str, path: Path, pattern: Mapping[str, float], usual: float) -> float:

@@ -7,6 +7,8 @@ Letters used throughout the library:
     r  rank.
 
     delta_W[l, i, o] = scale * sum_r lora_A[l, i, r] * lora_B[l, r, o]
+
+With DoRA the weight is `magnitude[l, o] / |W + delta_W|[l, o] * (W + delta_W)[l, i, o]`, with norms over the in axes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 LORA_A = "lora_A"
 LORA_B = "lora_B"
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +58,7 @@ class Site:
       reshaped kernel or a transposed convolution, which have no form in PEFT.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
       as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
+    - `dora`: a trained magnitude for each lead and out position (`lora_jax/weights/dora.py`).
     """
 
     path: tuple[str, ...]
@@ -69,6 +73,7 @@ class Site:
     kernel_spec: tuple[int, ...] | None = None
     groups: int = 1
     tied: bool = False
+    dora: bool = False
 
     @cached_property
     def name(self) -> str:
@@ -116,6 +121,16 @@ class Site:
         return (*self.sizes_of("l"), self.rank, *self.sizes_of("o"))
 
     @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of what is trained beside the two factors, each of shape `vector_shape`."""
+        return (MAGNITUDE,) if self.dora else ()
+
+    @cached_property
+    def vector_shape(self) -> tuple[int, ...]:
+        """One number for each output of each matrix: (*lead, *out)."""
+        return (*self.sizes_of("l"), *self.sizes_of("o"))
+
+    @property
     def fan_in(self) -> int:
         return math.prod(self.sizes_of("i"))
 
@@ -133,7 +148,8 @@ class Site:
         """`{path in the adapter tree: shape}` of every leaf that this site trains."""
         if self.is_full:
             return {self.path: self.shape}
-        return {self.leaf_path(LORA_A): self.a_shape, self.leaf_path(LORA_B): self.b_shape}
+        factors = {LORA_A: self.a_shape, LORA_B: self.b_shape, **dict.fromkeys(self.vectors, self.vector_shape)}
+        return {self.leaf_path(name): shape for name, shape in factors.items()}
 
     def leaf_path(self, factor: str) -> tuple[str, ...]:
         """Path of a factor in the adapter tree: `.../q_proj/lora_A/kernel`."""

@@ -25,6 +25,7 @@ def plan_table(plan: Plan) -> str:
             lines.append((row.name, "full", _shape(row.shape), "", "", "", "", f"{site.parameters:,}", row.note))
         else:
             notes = [f"formed in full by {', '.join(sorted(formed[row.name]))}"] if row.name in formed else []
+            notes += ["DoRA"] if site.dora else []
             notes += [row.note] if row.note else []
             if site.rank >= min(site.fan_in, site.fan_out):
                 notes.append(f"rank is not below min(in, out) = {min(site.fan_in, site.fan_out)}")

@@ -31,7 +31,7 @@ from .files import FLOATS
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
 from .peft_full import check_whole, full_tensors
-from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of, vector_keys
 from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
 from .peft_read import TENSOR_FILE
 from .peft_settings import CONFIG_FILE
@@ -95,7 +95,7 @@ def save_peft(
     own = [name for place in placed if place.kind != "parameter" for name in (*place.names, *place.heads)]
     check_whole(full_modules, [*own, *(others or ())])
     modules = _modules(adapter, placed)
-    _check_dtypes([*(x for m in modules for x in (m.factors.a, m.factors.b)), *full.values()])
+    _check_dtypes([*(x for m in modules for x in m.factors.arrays), *full.values()])
     if target != "peft":
         modules = bake(modules)
     data = adapter_config(
@@ -112,6 +112,9 @@ def save_peft(
     for module in modules:
         key_a, key_b = keys[module.name]
         tensors[key_a], tensors[key_b] = module.factors.a, module.factors.b
+        for vector, value in module.factors.vectors.items():
+            shape = (1, -1, *(1 for _ in module.factors.b.shape[2:])) if module.kind == "conv" else (-1,)
+            tensors |= dict.fromkeys(vector_keys(key_a, vector), value.reshape(shape))
     _check_finite(tensors)
     card = model_card
     if card is True:
@@ -134,7 +137,8 @@ def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
     out = []
     for place in placed:
         a, b = (convert(x, "numpy") for x in adapter.factors(place.site))
-        for name, factors in to_modules(place, a, b).items():
+        vectors = {name: convert(x, "numpy") for name, x in adapter.vectors(place.site).items()}
+        for name, factors in to_modules(place, a, b, vectors).items():
             out.append(module_of(place, name, factors))
             out += [module_of(place, head, tied_factors(factors)) for head in place.heads]
     return out

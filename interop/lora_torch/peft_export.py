@@ -17,11 +17,13 @@ import numpy as np
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import plain_number, to_peft
+from lora_jax.sites import MAGNITUDE
 from lora_jax.targets import saved_by
 
 from .peft_tensors import Factors, Placement, fold
 
 TARGETS = ("peft", "vllm", "gguf")
+_VARIANTS = {MAGNITUDE: "DoRA"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d
     """Raises a `ValueError` listing everything that `target` cannot read, each with the reason."""
     if target not in TARGETS:
         raise ValueError(f"`target={target!r}` is unknown; use one of {', '.join(map(repr, TARGETS))}.")
+    _refuse_variants(places)
     if target == "peft":
         return
     reader = {"vllm": "vLLM", "gguf": "llama.cpp's convert_lora_to_gguf.py"}[target]
     problems = [f"{name}: {reader} takes no modules trained in full" for name in full]
     for place in places:
         names = ", ".join(place.names)
+        if place.site.vectors:
+            problems.append(f"{names}: {reader} does not read {_VARIANTS[place.site.vectors[0]]}")
         if place.kind == "conv":
             problems.append(f"{names}: {reader} takes 2-D factors only, not those of a convolution")
         if place.kind == "parameter":
@@ -66,6 +71,21 @@ def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d
         )
     if problems:
         raise ValueError(f"this adapter cannot be exported for {target!r}:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _refuse_variants(places: Sequence[Placement]) -> None:
+    """Raises a `ValueError` for what is trained beside the factors where PEFT has no place for it."""
+    problems = []
+    for place in places:
+        what = "".join(_VARIANTS[name] for name in place.site.vectors)
+        if what and place.kind == "parameter":
+            problems.append(f"{place.names[0]}: PEFT has no {what} for raw parameters; name per-expert modules")
+        if what and place.groups > 1:
+            problems.append(f"{place.names[0]}: PEFT's {what} knows no convolution in {place.groups} groups")
+        if what and place.heads:
+            problems.append(f"{place.names[0]}: with {what} PEFT's head, {place.heads[0]}, differs from the table")
+    if problems:
+        raise ValueError("this adapter cannot be saved for PEFT:\n" + "\n".join(f"  {p}" for p in problems))
 
 
 def bake(modules: Sequence[Module]) -> list[Module]:
@@ -113,6 +133,7 @@ def adapter_config(
         alpha_pattern=_deviating({n: plain_number(a) for n, a in alphas.items()}, alpha),
         modules_to_save=_saved(full, config, [*plain, *(others or ())]),
         use_rslora=rslora,
+        use_dora=_on_all(modules, MAGNITUDE),
         dropout=config.dropout if config and not parameters else 0.0,  # PEFT refuses dropout on parameters
     )
     out = to_peft(
@@ -127,6 +148,17 @@ def adapter_config(
     if parameters:
         out["target_parameters"] = sorted(parameters)
     return out
+
+
+def _on_all(modules: Sequence[Module], vector: str) -> bool:
+    """Whether the modules have this vector. **Raises:** `ValueError` if only some do: PEFT has one setting for all."""
+    having = [m.name for m in modules if vector in m.factors.vectors]
+    if having and len(having) < len(modules):
+        without = next(m.name for m in modules if vector not in m.factors.vectors)
+        raise ValueError(
+            f"{_VARIANTS[vector]} is on for {having[0]} and not for {without}: PEFT has one setting for an adapter."
+        )
+    return bool(having)
 
 
 def shortest_names(names: Sequence[str], others: Sequence[str]) -> list[str] | str:

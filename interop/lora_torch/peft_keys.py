@@ -2,6 +2,7 @@
 
     <P>.lora_A.weight, <P>.lora_B.weight             linear, convolution
     <P>.lora_embedding_A, <P>.lora_embedding_B       embedding
+    <P>.lora_magnitude_vector[.weight]               DoRA: (out,), for a convolution (1, out, 1, …)
     <P>[.base_layer…].lora_A.weight, …               `target_parameters`; a module with several nests them
     <P>.weight, <P>.bias                             modules trained in full
 
@@ -12,9 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_jax.sites import MAGNITUDE
+
 from .peft_tensors import Placement
 
 PREFIX = "base_model.model."
+
+# Endings of what is trained beside the factors, and the leaf it is here.
+VECTORS = {
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+}
 
 # PEFT nests parameters of one module in the order in which the module registers them, the first innermost.
 # transformers' experts register them in this one.
@@ -46,6 +55,15 @@ def keys_of(
         for name in place.heads:
             out[name] = _pair(name)
     return out
+
+
+def vector_keys(key_a: str, vector: str) -> tuple[str, ...]:
+    """Keys of a vector beside the factor whose key is `key_a`, each of which holds the same tensor.
+
+    transformers drops a magnitude without `.weight`; PEFT takes either, and its older releases the bare one alone.
+    """
+    module = key_a.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+    return tuple(f"{module}{ending}" for ending, name in VECTORS.items() if name == vector)
 
 
 def _pair(module: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from . import products
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
 from .peft_full import match_aliases
-from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_keys import PARAMETER_ORDER, PREFIX, VECTORS, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
 from .peft_read import AdapterFile, read_sorted
 from .peft_settings import scaling
@@ -128,8 +128,10 @@ def read_sites(
             leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy"))
         else:
             factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
-            new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
-            leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = factors.a, factors.b
+            on = {field: bool(file.config.get(f"use_{field}")) for field in ("rslora", "dora")}
+            new.append(replace(site, rank=factors.rank, alpha=alpha, **on))
+            named = {LORA_A: factors.a, LORA_B: factors.b, **factors.vectors}
+            leaves |= {site.leaf_path(name): value for name, value in named.items()}
     return tuple(new), leaves
 
 
@@ -141,7 +143,12 @@ def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[s
         if there is None or place.kind not in ("linear", "embedding"):
             continue
         for name, pair in pairs.items():
-            if pair is None and not is_target(file.config, name):
+            if pair is None and not is_target(file.config, name) and file.config.get("use_dora"):
+                file.problems.append(
+                    f"`{place.site.name}` stacks {name}, which is not adapted, with layers that are: with DoRA its "
+                    "magnitude would have to be the norm of its base, which the file does not hold"
+                )
+            elif pair is None and not is_target(file.config, name):
                 rank = (pattern_values(file.config.get("rank_pattern"), name) or [file.config.get("r", 8)])[0]
                 a, b = there["A"], there["B"]
                 zeros = {"A": np.zeros((rank, *a.shape[1:]), a.dtype), "B": np.zeros((b.shape[0], rank), b.dtype)}
@@ -209,10 +216,16 @@ def _join(file: AdapterFile, place: Placement, keys: Mapping[str, tuple[str, str
             continue
         try:
             alphas[name], scale = scaling(file.config, name, rank)
-            modules[name] = Factors(a, b, scale, count)
+            vectors = {n: x for n, x in file.extras.get(module, {}).items() if n in VECTORS.values()}
+            modules[name] = Factors(a, b, scale, count, vectors)
         except ValueError as error:
             file.problems.append(str(error))
     if set(modules) != set(_all(place)):
+        return None
+    if place.heads and any(factors.vectors for factors in modules.values()):
+        file.problems.append(
+            f"{place.names[0]} and {place.heads[0]} are one weight here; DoRA gives each a magnitude of its own side"
+        )
         return None
     for table, head in zip(place.names, place.heads, strict=False):
         other = tied_factors(modules[head])
@@ -284,7 +297,11 @@ def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site
     for want, have in zip(planned, found, strict=True):
         if want.is_full:
             continue
-        if want.rank != have.rank or not math.isclose(want.scale, have.scale, rel_tol=_SAME_ALPHA):
+        if (
+            want.vectors != have.vectors
+            or want.rank != have.rank
+            or not math.isclose(want.scale, have.scale, rel_tol=_SAME_ALPHA)
+        ):
             file.problems.append(
                 f"`{want.name}`: the file has {_settings(have)}, the plan {_settings(want)}. Make the plan with "
                 "`plan_peft`, or pass `plan.sites` for an adapter to merge"
@@ -293,7 +310,8 @@ def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site
 
 
 def _settings(site: Site) -> str:
-    return f"rank {site.rank}, alpha {site.alpha:g}{' with rsLoRA' if site.rslora else ''}"
+    more = [name for name, on in (("rsLoRA", site.rslora), ("DoRA", site.dora)) if on]
+    return f"rank {site.rank}, alpha {site.alpha:g}{' with ' if more else ''}{' and '.join(more)}"
 
 
 def _as_jax(x: np.ndarray, dtype: np.dtype, name: str) -> Any:

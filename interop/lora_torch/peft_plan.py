@@ -99,6 +99,7 @@ def plan_peft(
         alpha_pattern={f"^{re.escape(s.name)}": s.alpha for s in adapted if s.alpha != alpha},
         modules_to_save=sorted({site.module for site in full}),
         use_rslora=bool(file.config.get("use_rslora")),
+        use_dora=bool(file.config.get("use_dora")),
         dropout=file.config.get("lora_dropout") or 0.0,
         dtype=dtype,
     )

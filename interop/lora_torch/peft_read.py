@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_jax.peft_config import refused_fields, without_init
 from lora_jax.peft_matching import is_target, saved_modules
+from lora_jax.sites import MAGNITUDE
 
 from .arrays import convert, same_bits
 from .files import read_floats
@@ -28,8 +29,8 @@ PICKLE_FILE = "adapter_model.bin"
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 # Endings of methods on top of LoRA: what they are called here and by users, and the setting that switches them on.
 _EXTRAS = {
-    ".lora_magnitude_vector": ("lora_magnitude_vector", "DoRA", "use_dora"),
-    ".lora_magnitude_vector.weight": ("lora_magnitude_vector", "DoRA", "use_dora"),  # as some exporters spell it
+    ".lora_magnitude_vector": (MAGNITUDE, "DoRA", "use_dora"),
+    ".lora_magnitude_vector.weight": (MAGNITUDE, "DoRA", "use_dora"),  # as transformers reads it
     ".lora_B.bias": ("lora_B.bias", "`lora_bias`", "lora_bias"),
     ".token_adapter.trainable_tokens_delta": (
         "trainable_tokens_delta",
@@ -37,6 +38,8 @@ _EXTRAS = {
         "trainable_token_indices",
     ),
 }
+# What `load_peft` applies.
+_APPLIED = (MAGNITUDE,)
 # Endings that no LoRA file has.
 _FOREIGN = {".ia3_l": "IA3", "prompt_embeddings": "prompt learning"}
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
@@ -112,7 +115,9 @@ def _only_lora(file: AdapterFile) -> None:
     file.problems += unknown_settings(file.config)
     names = {name: method for name, method, _ in _EXTRAS.values()}
     for module, extras in file.extras.items():
-        file.problems += [f"{PREFIX}{module}.{n} belongs to {names[n]}, which is not implemented" for n in extras]
+        file.problems += [
+            f"{PREFIX}{module}.{n} belongs to {names[n]}, which is not implemented" for n in extras if n not in _APPLIED
+        ]
 
 
 def _files(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -186,7 +191,10 @@ def _sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndar
 
 def _extra(module: str, ending: str, value: np.ndarray, out: AdapterFile) -> None:
     name, method, setting = _EXTRAS[ending]
-    out.extras.setdefault(module, {})[name] = value
+    extras = out.extras.setdefault(module, {})
+    if name in extras and not same_bits(extras[name], value):
+        out.problems.append(f"{PREFIX}{module}{ending} is not the same as the {name} of another spelling")
+    extras[name] = value
     if not out.config.get(setting):
         out.problems.append(f"{PREFIX}{module}{ending} belongs to {method}, but the configuration has no `{setting}`")
 
@@ -259,9 +267,11 @@ def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -
 
 def _check_extras(module: str, b: np.ndarray, out: AdapterFile) -> None:
     extras = out.extras.get(module, {})
-    for name, setting in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):
+    for name, setting in ((MAGNITUDE, "use_dora"), ("lora_B.bias", "lora_bias")):
         if out.config.get(setting) and name not in extras:
             out.problems.append(f"{module} has no {name} although `{setting}` is true")
-    bias = extras.get("lora_B.bias")
-    if bias is not None and bias.shape != b.shape[:1]:
-        out.problems.append(f"{module}: lora_B.bias is {bias.shape}, but lora_B {b.shape}")
+    for name, value in extras.items():
+        if name == MAGNITUDE and b.ndim > 2 and value.shape[:1] == (1,) and value.ndim == b.ndim:
+            value = extras[name] = value.reshape(-1)  # (1, out, 1, …) of a convolution
+        if name != "trainable_tokens_delta" and value.shape != b.shape[:1]:
+            out.problems.append(f"{module}: {name} is {value.shape}, but lora_B {b.shape}")

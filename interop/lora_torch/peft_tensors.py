@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,21 +72,32 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """PEFT's factors of one module and `scale`, which multiplies their product."""
+    """PEFT's factors of one module and `scale`, which multiplies their product.
+
+    `vectors`: what is trained beside them, one number for each output, by the name of its leaf here.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     experts: int = 1
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         return self.a.shape[0] // self.experts
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return (self.a, self.b, *self.vectors.values())
 
-def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Factors]:
+
+def to_modules(
+    place: Placement, a: np.ndarray, b: np.ndarray, vectors: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Factors]:
     """The factors of every module of one site in the dtypes given; views where that is possible."""
     site = place.site
+    vector_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("o"))
     a_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("i"), RANK)
     b_axes: tuple[Axis, ...] = (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     out: dict[str, Factors] = {}
@@ -100,7 +111,8 @@ def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Fact
             count = math.prod(atom.size for atom in place.experts)
             rows, columns = count * site.rank, math.prod(place.a_rest)
             factors = Factors(down.reshape(rows, columns), up.reshape(place.out_size, rows), site.scale, count)
-        out[name] = factors
+        own = {n: _take(v, vector_axes, at, place.outer).reshape(-1) for n, v in (vectors or {}).items()}
+        out[name] = replace(factors, vectors=own)
     return out
 
 
@@ -123,12 +135,13 @@ def tied(factors: Factors) -> Factors:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Our factors of one site: arrays of `site.a_shape`, `site.b_shape` at rank `rank`."""
+    """Our factors of one site: arrays of `site.a_shape`, `site.b_shape` at rank `rank`; of `site.vector_shape`."""
 
     a: np.ndarray
     b: np.ndarray
     rank: int
     scale: float
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
@@ -163,7 +176,20 @@ def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
     b = _take(
         b, (*lead, *place.experts, RANK, *fused, *place.outer), {}, (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     )
-    return Joined(a, b, rank, scale)
+    return Joined(a, b, rank, scale, _join_vectors(place, modules, scale))
+
+
+def _join_vectors(place: Placement, modules: Mapping[str, Factors], scale: float) -> dict[str, np.ndarray]:
+    """The vectors of all modules as arrays of `site.vector_shape`; those that the scale multiplies at `scale`."""
+    out = {}
+    for vector in modules[place.names[0]].vectors:
+        values = [modules[name].vectors[vector] for name in place.names]
+        sizes = [atom.size for atom in (*place.split, *place.outer)]
+        whole = np.stack(values).reshape(sizes)
+        out[vector] = _take(
+            whole, (*place.split, *place.outer), {}, (*place.site.atoms_of("l"), *place.site.atoms_of("o"))
+        )
+    return out
 
 
 def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -78,10 +78,10 @@ class Lora:
             out_sharding=dot.out_sharding,
         )  # fmt: skip
         y = low_rank_contract(
-            spec, _shaped(x, dot.split_x), _shaped(w.base, dot.split_w), first[0], second[0],
+            spec, shaped(x, dot.split_x), shaped(w.base, dot.split_w), first[0], second[0],
             self.site.scale, key, self.implementation, self.name,
         )  # fmt: skip
-        return _shaped(y, dot.out_shape)
+        return shaped(y, dot.out_shape)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
@@ -120,7 +120,7 @@ class Lora:
         view = picked(w, picks, indices, eqn)
         # Of a stack, the chosen matrices are still a low-rank weight; rows of a table are data.
         is_stack = all({"a", "b"} <= {*w.carriers(w.dims[d][0])} for d in picks)
-        return view if is_stack else self.materialise(view)
+        return view if is_stack else view.kind.materialise(view)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""
@@ -138,7 +138,7 @@ class Lora:
         return outs
 
 
-def _shaped(x: Any, shape: tuple[int, ...]) -> Any:
+def shaped(x: Any, shape: tuple[int, ...]) -> Any:
     """`x.reshape(shape)`, which would trace a function even where there is nothing to do."""
     return x if x.shape == shape else x.reshape(shape)
 

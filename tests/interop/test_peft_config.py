@@ -155,7 +155,6 @@ def test_defaults_are_pefts() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("lora_bias", True),
@@ -188,8 +187,8 @@ def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> N
 
 def test_all_refusals_in_one_error() -> None:
     with pytest.raises(ValueError) as error:
-        from_peft({**MINIMAL, "use_dora": True, "bias": "all", "nonsense": 0, "init_lora_weights": "olora"})
-    for part in ("use_dora=True", "bias='all'", "nonsense", "init_lora_weights='olora'"):
+        from_peft({**MINIMAL, "use_qalora": True, "bias": "all", "nonsense": 0, "init_lora_weights": "olora"})
+    for part in ("use_qalora=True", "bias='all'", "nonsense", "init_lora_weights='olora'"):
         assert part in str(error.value)
 
 

@@ -179,7 +179,7 @@ def test_missing_modules_and_modules_that_peft_would_drop(directory: Path) -> No
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("layers.0.q.lora_magnitude_vector", (6,), "belongs to DoRA, which is not implemented"),
+        ("layers.0.q.lora_magnitude_vector", (6,), "belongs to DoRA, but the configuration has no `use_dora`"),
         ("layers.0.q.lora_B.bias", (6,), "belongs to `lora_bias`"),
         ("layers.0.q.ia3_l", (6, 1), "belongs to IA3"),
         ("embed.token_adapter.trainable_tokens_delta", (2, 4), "belongs to trainable tokens"),
@@ -202,7 +202,7 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(use_dora=True), "`use_dora=True` is not implemented"),
+        (dict(use_dora=True), "layers.0.q has no lora_magnitude_vector although `use_dora` is true"),
         (dict(peft_type="IA3"), "`peft_type='IA3'` is another method than LoRA"),
         (dict(peft_type="PROMPT_TUNING"), "PROMPT_TUNING"),
         (dict(bias="all"), "`bias='all'`"),
@@ -386,7 +386,7 @@ def test_a_description_takes_methods_that_are_switched_on(directory: Path) -> No
         "layers.0.v has no lora_magnitude_vector although `use_dora` is true",
         f"{P}layers.9.q has lora_B.bias but no factors",
     ]
-    with pytest.raises(ValueError, match="`use_dora=True` is not implemented"):
+    with pytest.raises(ValueError, match="`trainable_token_indices=\\[1, 2\\]` is not implemented"):
         read_peft(directory)
 
 
