@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
+    from lora_jax import optimizers as optimizers
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "linen", "nnx", "ops")
+_LAZY = ("checkpoint", "linen", "nnx", "ops", "optimizers")
 
 
 def __getattr__(name: str) -> Any:
