@@ -16,6 +16,7 @@ from lora_jax.merging import unmerge as unmerge
 from lora_jax.merging import weight_norms as weight_norms
 from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
+from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
 from lora_jax.undropped import InertDropoutWarning as InertDropoutWarning
 

@@ -22,9 +22,10 @@ class Adapter(Mapping[str, Any]):
     """Trainable leaves of every adapted parameter, nested by path, plus their static `sites`.
 
     For a site with roles (lead, in, out) the leaves are `<module>/lora_A/<param>` of shape
-    `(*lead, *in, rank)` and `<module>/lora_B/<param>` of shape `(*lead, rank, *out)`, with DoRA also
-    `<module>/lora_magnitude_vector/<param>` of shape `(*lead, *out)`; a site of kind `"full"` has one leaf at the
-    parameter's own path.
+    `(*lead, *in, rank)` and `<module>/lora_B/<param>` of shape `(*lead, rank, *out)`; with DoRA also
+    `<module>/lora_magnitude_vector/<param>`, with `lora_bias` `<module>/lora_bias/<param>`, both of shape
+    `(*lead, *out)`. Trained rows of a table are `<module>/trainable_tokens/<param>`. A site of kind `"full"` has one
+    leaf at the parameter's own path.
     """
 
     def __init__(self, tree: Mapping[str, Any], sites: tuple[Site, ...]):
@@ -78,7 +79,7 @@ class Adapter(Mapping[str, Any]):
         return self.leaf(site.leaf_path(LORA_A)), self.leaf(site.leaf_path(LORA_B))
 
     def vectors(self, site: Site) -> dict[str, Any]:
-        """What one site trains beside its factors, by name: DoRA's magnitude."""
+        """What one site trains beside its factors, by name: DoRA's magnitude, a bias on B."""
         return {name: self.leaf(site.leaf_path(name)) for name in site.vectors}
 
     def to_dict(self) -> dict[str, Any]:

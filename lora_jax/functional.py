@@ -15,9 +15,11 @@ from lora_jax.interpret import Interpreter, site_key
 from lora_jax.ops.choice import check_implementation
 from lora_jax.ops.dropout import threshold
 from lora_jax.planning import Plan
-from lora_jax.sites import MAGNITUDE, Site
+from lora_jax.sites import LORA_BIAS, MAGNITUDE, TOKENS, Site
+from lora_jax.token_rows import token_factors
 from lora_jax.weights.dora import dora_weight
 from lora_jax.weights.lora import lora_weight
+from lora_jax.weights.lora_bias import biased_weight
 from lora_jax.weights.virtual import Virtual
 
 
@@ -81,9 +83,14 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
 
 
 def _virtual(site: Site, base: Any, adapter: Adapter, key: Any, **settings: Any) -> Virtual:
+    if site.tokens:  # rows are replaced, whatever the dropout of the other branches
+        factors = token_factors(site, base, adapter.leaf(site.leaf_path(TOKENS)))
+        return lora_weight(site, base, *factors, implementation=settings["implementation"])
     a, b = adapter.factors(site)
     if site.dora:
         return dora_weight(site, base, a, b, adapter.vectors(site)[MAGNITUDE], key, **settings)
+    if site.lora_bias:
+        return biased_weight(site, base, a, b, adapter.vectors(site)[LORA_BIAS], key, **settings)
     return lora_weight(site, base, a, b, key, **settings)
 
 

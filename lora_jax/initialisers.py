@@ -39,6 +39,14 @@ def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax
     return _draw(key, np.uint32(site.seed), site=dataclasses.replace(site, path=("",)), init=init, dtype=dtype)
 
 
+def init_bias(site: Site, key: jax.Array, init: str, dtype: str) -> jax.Array:
+    """The bias on B, (*lead, *out): zeros; with `"random"` U(±1/sqrt(rank)), as PEFT's `init_lora_weights=False`."""
+    if init != "random":
+        return jnp.zeros(site.vector_shape, dtype)
+    key = jax.random.fold_in(jax.random.fold_in(key, site.seed), 2)
+    return _uniform(key, site.vector_shape, site.rank, dtype)
+
+
 @functools.partial(jax.jit, static_argnames=("site", "init", "dtype"))
 def _draw(key: jax.Array, seed: jax.Array, *, site: Site, init: str, dtype: str) -> tuple[jax.Array, jax.Array]:
     key_a, key_b = jax.random.split(jax.random.fold_in(key, seed))

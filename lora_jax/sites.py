@@ -22,6 +22,8 @@ from typing import Any
 LORA_A = "lora_A"
 LORA_B = "lora_B"
 MAGNITUDE = "lora_magnitude_vector"
+LORA_BIAS = "lora_bias"
+TOKENS = "trainable_tokens"
 
 
 @dataclass(frozen=True, order=True)
@@ -58,6 +60,9 @@ class Site:
       reshaped kernel or a transposed convolution, which have no form in PEFT.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
       as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
+    - `tokens`: rows of a looked-up table that are trained in place of factors; the leaf holds the rows themselves,
+      (token, *out). The table is then W + A·B with A one-hot and B the rows' differences, of rank `len(tokens)`.
+    - `lora_bias`: a trained bias on B (`lora_jax/weights/lora_bias.py`).
     - `dora`: a trained magnitude for each lead and out position (`lora_jax/weights/dora.py`).
     """
 
@@ -74,6 +79,8 @@ class Site:
     groups: int = 1
     tied: bool = False
     dora: bool = False
+    lora_bias: bool = False
+    tokens: tuple[int, ...] = ()
 
     @cached_property
     def name(self) -> str:
@@ -96,6 +103,11 @@ class Site:
     @property
     def is_full(self) -> bool:
         return self.op == "full"
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether `lora_A` and `lora_B` are what is trained."""
+        return not self.is_full and not self.tokens
 
     @property
     def scale(self) -> float:
@@ -123,7 +135,7 @@ class Site:
     @property
     def vectors(self) -> tuple[str, ...]:
         """Names of what is trained beside the two factors, each of shape `vector_shape`."""
-        return (MAGNITUDE,) if self.dora else ()
+        return (MAGNITUDE,) * self.dora + (LORA_BIAS,) * self.lora_bias
 
     @cached_property
     def vector_shape(self) -> tuple[int, ...]:
@@ -148,6 +160,8 @@ class Site:
         """`{path in the adapter tree: shape}` of every leaf that this site trains."""
         if self.is_full:
             return {self.path: self.shape}
+        if self.tokens:
+            return {self.leaf_path(TOKENS): self.b_shape}
         factors = {LORA_A: self.a_shape, LORA_B: self.b_shape, **dict.fromkeys(self.vectors, self.vector_shape)}
         return {self.leaf_path(name): shape for name, shape in factors.items()}
 
@@ -163,6 +177,7 @@ class Site:
     def from_dict(cls, data: dict[str, Any]) -> Site:
         fields = dict(data)
         fields["path"], fields["shape"] = tuple(fields["path"]), tuple(fields["shape"])
+        fields["tokens"] = tuple(fields.get("tokens", ()))
         fields["atoms"] = tuple(Atom(**atom) for atom in fields["atoms"])
         spec = fields.get("kernel_spec")
         fields["kernel_spec"] = None if spec is None else tuple(spec)

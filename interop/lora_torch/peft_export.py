@@ -17,13 +17,13 @@ import numpy as np
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import plain_number, to_peft
-from lora_jax.sites import MAGNITUDE
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
 from lora_jax.targets import saved_by
 
 from .peft_tensors import Factors, Placement, fold
 
 TARGETS = ("peft", "vllm", "gguf")
-_VARIANTS = {MAGNITUDE: "DoRA"}
+_VARIANTS = {MAGNITUDE: "DoRA", LORA_BIAS: "`lora_bias`"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def module_of(place: Placement, name: str, factors: Factors) -> Module:
     return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora)
 
 
-def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d: bool) -> None:
+def refuse(
+    target: str, places: Sequence[Placement], full: Sequence[str], conv1d: bool, replicated: bool = False
+) -> None:
     """Raises a `ValueError` listing everything that `target` cannot read, each with the reason."""
     if target not in TARGETS:
         raise ValueError(f"`target={target!r}` is unknown; use one of {', '.join(map(repr, TARGETS))}.")
@@ -54,6 +56,8 @@ def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d
         return
     reader = {"vllm": "vLLM", "gguf": "llama.cpp's convert_lora_to_gguf.py"}[target]
     problems = [f"{name}: {reader} takes no modules trained in full" for name in full]
+    if replicated:
+        problems.append(f"`layer_replication`: {reader} repeats no layers")
     for place in places:
         names = ", ".join(place.names)
         if place.site.vectors:
@@ -80,7 +84,7 @@ def _refuse_variants(places: Sequence[Placement]) -> None:
         what = "".join(_VARIANTS[name] for name in place.site.vectors)
         if what and place.kind == "parameter":
             problems.append(f"{place.names[0]}: PEFT has no {what} for raw parameters; name per-expert modules")
-        if what and place.groups > 1:
+        if place.site.dora and place.groups > 1:
             problems.append(f"{place.names[0]}: PEFT's {what} knows no convolution in {place.groups} groups")
         if what and place.heads:
             problems.append(f"{place.names[0]}: with {what} PEFT's head, {place.heads[0]}, differs from the table")
@@ -110,6 +114,8 @@ def adapter_config(
     task_type: str | None,
     base_model_name_or_path: str | None,
     fan_in_fan_out: bool,
+    bias: str = "none",
+    tokens: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` that makes PEFT compute what these modules do.
 
@@ -124,6 +130,8 @@ def adapter_config(
     alpha = _usual(alphas.values(), config.alpha if config else None, 16)
     plain = [m.name for m in modules if m.kind != "parameter"]
     parameters = [m.name for m in modules if m.kind == "parameter"]
+    if problem := _misread(list(tokens or ()), list(tokens or ()), [*plain, *full, *(others or ())]):
+        raise ValueError(f"PEFT compares the ends of names: {problem.replace('modules_to_save', 'trained rows')}.")
     targets = sorted(plain) if others is None else shortest_names(plain, [*others, *full])
     stated = LoRAConfig(
         rank=int(rank),
@@ -134,6 +142,10 @@ def adapter_config(
         modules_to_save=_saved(full, config, [*plain, *(others or ())]),
         use_rslora=rslora,
         use_dora=_on_all(modules, MAGNITUDE),
+        lora_bias=_on_all(modules, LORA_BIAS),
+        bias=bias,
+        trainable_token_indices=tokens,
+        layer_replication=config.layer_replication if config else None,
         dropout=config.dropout if config and not parameters else 0.0,  # PEFT refuses dropout on parameters
     )
     out = to_peft(

@@ -16,7 +16,7 @@ from lora_jax.adapters import Adapter
 from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
 from lora_jax.reference import SAME_PRODUCT
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, TOKENS, Site
 from lora_jax.tracing import flatten_params
 
 from . import products
@@ -29,6 +29,7 @@ from .peft_read import AdapterFile, read_sorted
 from .peft_settings import scaling
 from .peft_tensors import Factors, Joined, Placement, from_modules
 from .peft_tensors import tied as tied_factors
+from .peft_tokens import token_leaves
 from .problems import Problems
 from .resolve import Entry, resolve
 from .trees import Leaf
@@ -116,12 +117,16 @@ def read_sites(
     _match_names(file, placed, keys, entries, tied or {})
     _check_bases(file, sites, naming, tied or {}, params)
     joined = {place.site.path: _join(file, place, keys) for place in placed}
+    rows = token_leaves(file, sites, naming)
     file.raise_if_any()
     whole = {entry.leaf.path: entry for entry in entries}
     new: list[Site] = []
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for site in sites:
-        if site.is_full:
+        if site.tokens:
+            new.append(site)
+            leaves[site.leaf_path(TOKENS)] = rows[site.leaf_path(TOKENS)]
+        elif site.is_full:
             entry = whole[torch_path(site)]
             new.append(site)
             pieces = [file.full[name] for name in entry.names]
@@ -129,6 +134,7 @@ def read_sites(
         else:
             factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
             on = {field: bool(file.config.get(f"use_{field}")) for field in ("rslora", "dora")}
+            on["lora_bias"] = bool(file.config.get("lora_bias"))
             new.append(replace(site, rank=factors.rank, alpha=alpha, **on))
             named = {LORA_A: factors.a, LORA_B: factors.b, **factors.vectors}
             leaves |= {site.leaf_path(name): value for name, value in named.items()}
@@ -153,6 +159,8 @@ def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[s
                 a, b = there["A"], there["B"]
                 zeros = {"A": np.zeros((rank, *a.shape[1:]), a.dtype), "B": np.zeros((b.shape[0], rank), b.dtype)}
                 file.pairs[_module(keys[name][0])] = zeros
+                if file.config.get("lora_bias"):
+                    file.extras.setdefault(_module(keys[name][0]), {})[LORA_BIAS] = np.zeros(b.shape[0], b.dtype)
                 if place.kind == "embedding":
                     file.embeddings.add(_module(keys[name][0]))
 
@@ -216,7 +224,7 @@ def _join(file: AdapterFile, place: Placement, keys: Mapping[str, tuple[str, str
             continue
         try:
             alphas[name], scale = scaling(file.config, name, rank)
-            vectors = {n: x for n, x in file.extras.get(module, {}).items() if n in VECTORS.values()}
+            vectors = {n: x for n, x in file.extras.get(module, {}).items() if n in VECTORS}
             modules[name] = Factors(a, b, scale, count, vectors)
         except ValueError as error:
             file.problems.append(str(error))
@@ -295,7 +303,7 @@ def _check_bases(
 
 def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site]) -> None:
     for want, have in zip(planned, found, strict=True):
-        if want.is_full:
+        if not want.is_low_rank:
             continue
         if (
             want.vectors != have.vectors
@@ -310,7 +318,7 @@ def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site
 
 
 def _settings(site: Site) -> str:
-    more = [name for name, on in (("rsLoRA", site.rslora), ("DoRA", site.dora)) if on]
+    more = [name for name, on in (("rsLoRA", site.rslora), ("DoRA", site.dora), ("lora_bias", site.lora_bias)) if on]
     return f"rank {site.rank}, alpha {site.alpha:g}{' with ' if more else ''}{' and '.join(more)}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.config import BIASES, check_ranges
 from lora_jax.peft_config import check_is_lora, unknown_fields
 from lora_jax.peft_matching import bad_patterns, pattern_values
 
@@ -82,6 +83,17 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     listed = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         problems.append(f"`layers_to_transform` must be whole numbers, got {layers!r}")
+    if (bias := config.get("bias") or "none") not in BIASES:
+        problems.append(f"`bias` must be one of {', '.join(BIASES)}, got {bias!r}")
+    try:
+        check_ranges(config.get("layer_replication"))
+    except ValueError as error:
+        problems.append(str(error).removesuffix("."))
+    rows = config.get("trainable_token_indices")
+    for listed in rows.values() if isinstance(rows, dict) else [[] if rows is None else rows]:
+        plain = isinstance(listed, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in listed)
+        if not plain or min(listed, default=0) < 0:
+            problems.append(f"`trainable_token_indices` must be lists of whole numbers, 0 or more, got {listed!r}")
     if not problems:
         problems = bad_patterns(config)
     if problems:

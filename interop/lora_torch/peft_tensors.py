@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.sites import Atom, Site
+from lora_jax.sites import LORA_BIAS, Atom, Site
 
 RANK = "rank"
 Axis = Atom | str
@@ -103,15 +103,15 @@ def to_modules(
     out: dict[str, Factors] = {}
     for name, index in zip(place.names, np.ndindex(*(atom.size for atom in place.split)), strict=True):
         at = dict(zip(place.split, index, strict=True))
-        down = _take(a, a_axes, at, (*place.experts, RANK, *place.inner))
-        up = _take(b, b_axes, at, (*place.outer, RANK, *place.experts))
+        down = take(a, a_axes, at, (*place.experts, RANK, *place.inner))
+        up = take(b, b_axes, at, (*place.outer, RANK, *place.experts))
         if place.kind == "conv":
             factors = _conv_out(down, up.reshape(place.out_size, site.rank), place.groups, site.scale)
         else:
             count = math.prod(atom.size for atom in place.experts)
             rows, columns = count * site.rank, math.prod(place.a_rest)
             factors = Factors(down.reshape(rows, columns), up.reshape(place.out_size, rows), site.scale, count)
-        own = {n: _take(v, vector_axes, at, place.outer).reshape(-1) for n, v in (vectors or {}).items()}
+        own = {n: take(v, vector_axes, at, place.outer).reshape(-1) for n, v in (vectors or {}).items()}
         out[name] = replace(factors, vectors=own)
     return out
 
@@ -172,21 +172,26 @@ def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
     a = a.reshape(*sizes, *a.shape[1:])
     inner_shape = b.shape[1 : 1 + len(place.experts) + 1]
     b = b.reshape(*sizes, *inner_shape, *(x.size for x in fused), *(x.size for x in place.outer))
-    a = _take(a, (*lead, *place.experts, *place.inner, RANK), {}, (*site.atoms_of("l"), *site.atoms_of("i"), RANK))
-    b = _take(
+    a = take(a, (*lead, *place.experts, *place.inner, RANK), {}, (*site.atoms_of("l"), *site.atoms_of("i"), RANK))
+    b = take(
         b, (*lead, *place.experts, RANK, *fused, *place.outer), {}, (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     )
     return Joined(a, b, rank, scale, _join_vectors(place, modules, scale))
 
 
 def _join_vectors(place: Placement, modules: Mapping[str, Factors], scale: float) -> dict[str, np.ndarray]:
-    """The vectors of all modules as arrays of `site.vector_shape`; those that the scale multiplies at `scale`."""
+    """The vectors of all modules as arrays of `site.vector_shape`."""
     out = {}
     for vector in modules[place.names[0]].vectors:
         values = [modules[name].vectors[vector] for name in place.names]
+        if vector == LORA_BIAS:  # which the scale multiplies as it does B
+            scales = [modules[name].scale for name in place.names]
+            values = [
+                v if s == scale else fold(v, s / scale, n) for v, s, n in zip(values, scales, place.names, strict=True)
+            ]
         sizes = [atom.size for atom in (*place.split, *place.outer)]
         whole = np.stack(values).reshape(sizes)
-        out[vector] = _take(
+        out[vector] = take(
             whole, (*place.split, *place.outer), {}, (*place.site.atoms_of("l"), *place.site.atoms_of("o"))
         )
     return out
@@ -257,7 +262,7 @@ def _conv_in(a: np.ndarray, b: np.ndarray, groups: int, name: str) -> tuple[np.n
     return own.reshape(rank, channels // groups, *window), wide.reshape(b.shape[0], rank)
 
 
-def _take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> np.ndarray:
+def take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> np.ndarray:
     """`array` with the axes in `at` indexed away and the others in `order`."""
     rest = [axis for axis in axes if axis not in at]
     kept = array[tuple(at.get(axis, slice(None)) for axis in axes)]

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.sites import LORA_BIAS
 from lora_torch import products
 from lora_torch.peft_read import AdapterFile, read_described
 from lora_torch.peft_settings import scaling
-
-BIAS = "lora_B.bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def read_adapter(directory: Path | str) -> Adapter:
     modules = {module: _low_rank(module, file) for module in file.pairs}
     # A targeted embedding or head is saved along with its factors.
     saved = {f"{module}.weight": value for module, value in file.bases.items()} | file.full
-    others = {f"{m}.{name}": x for m, extras in file.extras.items() for name, x in extras.items() if name != BIAS}
+    others = {f"{m}.{name}": x for m, extras in file.extras.items() for name, x in extras.items() if name != LORA_BIAS}
     replaced, others = ({name: _float32(x) for name, x in found.items()} for found in (saved, others))
     return Adapter(file.directory, config, modules, replaced, others)
 
@@ -97,7 +96,7 @@ def _low_rank(module: str, file: AdapterFile) -> LowRank:
     a, b = (_float32(file.pairs[module][part]) for part in "AB")
     kind = "embedding" if module in file.embeddings else "conv" if a.ndim > 2 else "linear"
     alpha, scale = scaling(file.config, module, a.shape[0])
-    bias = file.extras.get(module, {}).get(BIAS)
+    bias = file.extras.get(module, {}).get(LORA_BIAS)
     return LowRank(kind, a, b, alpha, scale, None if bias is None else _float32(bias))
 
 

@@ -13,9 +13,6 @@ from lora_jax.peft_config import refused_fields, without_init
 from lora_torch.hf_checkpoint import Checkpoint
 from lora_torch.peft_settings import unknown_settings
 
-# Refused by the library, which trains and applies factors alone; a merge adds these as well.
-HANDLED = ("bias", "lora_bias")
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -72,7 +69,9 @@ def _check_supported(adapter: Adapter) -> None:
         config = without_init(config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    problems = refused_fields(config, but=HANDLED)
+    problems = refused_fields(config)
+    if config.get("layer_replication"):
+        problems.append("`layer_replication` shares one weight between layers whose adapters differ")
     problems += unknown_settings(config)
     problems += [f"{name} is not supported here" for name in adapter.others]
     if problems:

@@ -62,6 +62,13 @@ def reorder(x: jax.Array, axes: Sequence[Hashable], to: Sequence[Hashable]) -> j
     return x if tuple(axes) == tuple(to) else lax.transpose(x, _positions(axes, to))
 
 
+def spread(x: jax.Array, axes: Sequence[Hashable], over: Sequence[Hashable]) -> jax.Array:
+    """`x` with an axis for each name of `over`, of length one where it has none: ready to broadcast."""
+    order = [name for name in over if name in axes]
+    x = reorder(x, axes, order)
+    return x.reshape([x.shape[order.index(name)] if name in order else 1 for name in over])
+
+
 def reordered_sharding(sharding: Any, axes: Axes, to: Axes) -> Any:
     """The sharding of an array of axes `axes` for one of axes `to`: of axes it lacks, none is split."""
     if sharding is None:

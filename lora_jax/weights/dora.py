@@ -13,7 +13,7 @@ PEFT 0.21, whose base product sees the dropped input wherever it is multiplied b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax.ops.contract import reorder
+from lora_jax.ops.contract import reorder, spread
 from lora_jax.ops.dropout import dropout
 from lora_jax.sites import Site
 from lora_jax.weights.lookup import Picks
@@ -58,8 +58,8 @@ class Dora:
     def materialise(self, w: Virtual) -> jax.Array:
         dense = self.low_rank.summed(w)
         c, names = w.live_factor(C)
-        spread = jnp.broadcast_to(_spread(c, names, w.visible), [w.size(atom) for atom in w.visible])
-        return (dense * _compat.laid_out_as(spread.reshape(dense.shape), dense)).astype(w.base.dtype)
+        repeated = jnp.broadcast_to(spread(c, names, w.visible), [w.size(atom) for atom in w.visible])
+        return (dense * _compat.laid_out_as(repeated.reshape(dense.shape), dense)).astype(w.base.dtype)
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
         c, names = w.live_factor(C)
@@ -73,7 +73,7 @@ class Dora:
         if key is not None:
             dropped = dropout(shaped(x, dot.split_x), key, self.low_rank.dropout_rate, columns)
             dropped = shaped(dropped, x.shape)
-        c = Scale(_spread(c, names, seen), tuple(sizes[name] for name in seen), on_output)
+        c = Scale(spread(c, names, seen), tuple(sizes[name] for name in seen), on_output)
         return c.apply(lambda x, key: self.low_rank.dot_general(w, x, dot, key, eqn), x, key, dropped)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
@@ -149,13 +149,6 @@ class Scale:
     def _times(self, x: jax.Array, c: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, c.dtype)
         return shaped((shaped(x, self.shape).astype(wide) * c).astype(x.dtype), x.shape)
-
-
-def _spread(c: jax.Array, names: Sequence[Hashable], over: Sequence[Hashable]) -> jax.Array:
-    """c with an axis for each name of `over`, of length one where c has none."""
-    order = [name for name in over if name in names]
-    c = reorder(c, names, order)
-    return c.reshape([c.shape[order.index(name)] if name in order else 1 for name in over])
 
 
 def dora_weight(site: Site, base: Any, a: Any, b: Any, magnitude: Any, key: Any = None, **settings: Any) -> Virtual:

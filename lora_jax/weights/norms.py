@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
-from lora_jax.ops.contract import contract, reorder, reordered_sharding
+from lora_jax.ops.contract import contract, reorder, reordered_sharding, spread
 from lora_jax.sites import Site
 
 RANK = "rank"
@@ -64,7 +64,5 @@ def magnitude_scale(norm: jax.Array, magnitude: Any) -> jax.Array:
 
 def over_parameter(site: Site, c: jax.Array) -> jax.Array:
     """An array of shape (*lead, *out) repeated along the in axes, in the shape of the site's parameter."""
-    kept = [atom for atom in site.atoms if atom not in site.atoms_of("i")]
-    c = reorder(c, (*site.atoms_of("l"), *site.atoms_of("o")), kept)
-    c = c.reshape([atom.size if atom in kept else 1 for atom in site.atoms])
+    c = spread(c, (*site.atoms_of("l"), *site.atoms_of("o")), site.atoms)
     return jnp.broadcast_to(c, [atom.size for atom in site.atoms]).reshape(site.shape)
