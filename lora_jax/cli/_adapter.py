@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.sites import LORA_BIAS
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
 from lora_torch import products
 from lora_torch.peft_read import AdapterFile, read_described
 from lora_torch.peft_settings import scaling
@@ -19,7 +19,8 @@ class LowRank:
     """The factors of one module, as stored: torch's orientation, float32.
 
     `a` is (r, in), (r, in, *window) for a convolution or (r, vocabulary) for an embedding; `b` is (out, r),
-    (out, r / groups, 1, ...) or (features, r). `kind` is "linear", "conv" or "embedding".
+    (out, r / groups, 1, ...) or (features, r). `kind` is "linear", "conv" or "embedding". `bias` (lora_bias) and
+    `magnitude` (DoRA) are (out,).
     """
 
     kind: str
@@ -28,6 +29,7 @@ class LowRank:
     alpha: float
     scaling: float
     bias: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -65,7 +67,7 @@ class Adapter:
     modules: dict[str, LowRank]
     # Full values of base tensors, by tensor name: modules_to_save, trained biases, saved embeddings.
     replaced: dict[str, np.ndarray]
-    # DoRA magnitudes and trained token rows, by name: shown and compared, not merged.
+    # DoRA magnitudes and trained token rows, by name: shown and compared. Rows are not merged.
     others: dict[str, np.ndarray]
 
 
@@ -96,8 +98,9 @@ def _low_rank(module: str, file: AdapterFile) -> LowRank:
     a, b = (_float32(file.pairs[module][part]) for part in "AB")
     kind = "embedding" if module in file.embeddings else "conv" if a.ndim > 2 else "linear"
     alpha, scale = scaling(file.config, module, a.shape[0])
-    bias = file.extras.get(module, {}).get(LORA_BIAS)
-    return LowRank(kind, a, b, alpha, scale, None if bias is None else _float32(bias))
+    extras = file.extras.get(module, {})
+    bias, magnitude = (None if (x := extras.get(name)) is None else _float32(x) for name in (LORA_BIAS, MAGNITUDE))
+    return LowRank(kind, a, b, alpha, scale, bias, magnitude)
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

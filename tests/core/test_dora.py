@@ -241,3 +241,6 @@ def test_in_linen_and_nnx():
     lj.nnx.set_adapter(net, jax.tree.map(lambda v: 2 * v, lj.nnx.adapter_of(net)))
     assert jnp.allclose(net(x), lj.nnx.merge(net)(x), rtol=1e-5, atol=1e-5)
     assert not jnp.allclose(net(x), net.base(x), rtol=1e-2)
+    plain = lj.nnx.adapt(Net(nnx.Rngs(0)), settings.replace(use_dora=False), x, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="differ in down/lora_magnitude_vector/kernel"):
+        lj.nnx.set_adapter(plain, lj.nnx.adapter_of(net))
