@@ -75,8 +75,13 @@ class Adapter(Mapping[str, Any]):
         return leaf_at(self._tree, path)
 
     def factors(self, site: Site) -> tuple[Any, Any]:
-        """`(lora_A, lora_B)` of one site."""
-        return self.leaf(site.leaf_path(LORA_A)), self.leaf(site.leaf_path(LORA_B))
+        """`(lora_A, lora_B)` of one site, as they multiply: the A of a group of inputs repeated for each of them."""
+        a, b = self.leaf(site.leaf_path(LORA_A)), self.leaf(site.leaf_path(LORA_B))
+        if site.group > 1:
+            # QALoRA's mean over a group, times the number of groups.
+            share = (site.fan_in // site.group) / site.group
+            a = jnp.repeat(jnp.asarray(a), site.group, axis=-2) * jnp.asarray(share, a.dtype)
+        return a, b
 
     def vectors(self, site: Site) -> dict[str, Any]:
         """What one site trains beside its factors, by name: DoRA's magnitude, a bias on B."""

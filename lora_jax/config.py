@@ -41,6 +41,8 @@ class LoRAConfig:
       those of adapted modules.
     - `trainable_token_indices`: rows of the model's embedding table to train, `[32000, 32001]`, or of the tables named:
       `{"embed_tokens": [32000]}`. A head tied to the table changes with it.
+    - `use_qalora`, `qalora_group_size`: A reads sums over groups of neighbouring inputs (Xu et al., arXiv:2309.14717),
+      scaled as in PEFT; linear layers only, whose inputs the group size divides.
     - `layer_replication`: the ranges by which `replicate_layers` made the model deeper, for PEFT, which repeats its own
       layers by them; here the function is deeper already.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
@@ -68,6 +70,8 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    use_qalora: bool = False
+    qalora_group_size: int = 16
     bias: str = "none"
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     layer_replication: Sequence[Sequence[int]] | None = None
@@ -93,7 +97,7 @@ class LoRAConfig:
             if not isinstance(value, Mapping):
                 raise TypeError(f"`{name}` maps patterns to numbers, got {type(value).__name__}.")
             set_(name, {_regex(name, key): check(f"{name}[{key!r}]", number) for key, number in value.items()})
-        for name in ("use_rslora", "use_dora", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora"):
             value = getattr(self, name)
             if not isinstance(value, bool | np.bool_):
                 raise TypeError(f"`{name}={value!r}`: write True or False.")
@@ -101,6 +105,9 @@ class LoRAConfig:
         if self.lora_bias and self.use_dora:
             raise ValueError("`lora_bias` with `use_dora`: a magnitude has no place for a bias on B; choose one.")
         set_("trainable_token_indices", _tokens(self.trainable_token_indices))
+        set_("qalora_group_size", _whole("qalora_group_size", self.qalora_group_size, least=1, hint="16"))
+        if self.use_qalora and self.use_dora:
+            raise ValueError("`use_qalora` with `use_dora`: PEFT has no such combination; choose one.")
         set_("layer_replication", check_ranges(self.layer_replication))
         if self.bias not in BIASES:
             raise ValueError(f"`bias={self.bias!r}` is unknown; {_did_you_mean(str(self.bias), BIASES)}")

@@ -51,16 +51,17 @@ def init_bias(site: Site, key: jax.Array, init: str, dtype: str) -> jax.Array:
 def _draw(key: jax.Array, seed: jax.Array, *, site: Site, init: str, dtype: str) -> tuple[jax.Array, jax.Array]:
     key_a, key_b = jax.random.split(jax.random.fold_in(key, seed))
     a_shape, b_shape, rank = site.a_shape, site.b_shape, site.rank
+    fan_in = site.fan_in // site.group
     if init == "orthogonal":
         return _orthogonal(site, key_a, key_b, dtype)
     if init == "random":
-        return _uniform(key_a, a_shape, site.fan_in, dtype), _uniform(key_b, b_shape, rank, dtype)
+        return _uniform(key_a, a_shape, fan_in, dtype), _uniform(key_b, b_shape, rank, dtype)
     if site.op == "embedding":
         return jnp.zeros(a_shape, dtype), jax.random.normal(key_b, b_shape, jnp.float32).astype(dtype)
     if init == "kaiming":
-        a = _uniform(key_a, a_shape, site.fan_in, dtype)
+        a = _uniform(key_a, a_shape, fan_in, dtype)
     else:
-        std = 1 / rank if init == "gaussian" else math.sqrt(2 / (site.fan_in + rank))
+        std = 1 / rank if init == "gaussian" else math.sqrt(2 / (fan_in + rank))
         a = (std * jax.random.normal(key_a, a_shape, jnp.float32)).astype(dtype)
     return a, jnp.zeros(b_shape, dtype)
 

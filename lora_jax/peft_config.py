@@ -32,19 +32,19 @@ _INITS_BACK = {str(peft): ours for ours, peft in _INITS.items()}
 # Read: they have a field here.
 _MAPPED = frozenset(
     "peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern modules_to_save use_rslora use_dora lora_bias bias trainable_token_indices lora_dropout "
-    "layer_replication init_lora_weights target_parameters task_type".split()
+    "alpha_pattern modules_to_save use_rslora use_dora lora_bias bias trainable_token_indices lora_dropout use_qalora "
+    "qalora_group_size layer_replication init_lora_weights target_parameters task_type".split()
 )
 # Without effect on what is computed: bookkeeping, storage order (the file's factors have one orientation in any
 # case), sizes that matter only beside a switch in `_REFUSED`, and tying, which a tied table does here by itself.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying fan_in_fan_out inference_mode megatron_core "
-    "peft_version qalora_group_size revision runtime_config".split()
+    "peft_version revision runtime_config".split()
 )
 # Every one of these is off when it is falsy, in all of PEFT's releases.
 _REFUSED = frozenset(
     "alora_invocation_tokens arrow_config corda_config eva_config kasa_config loftq_config "
-    "lora_ga_config megatron_config monteclora_config use_bdlora use_qalora "
+    "lora_ga_config megatron_config monteclora_config use_bdlora "
     "velora_config".split()
 )
 # PEFT cannot merge these, or merges them wrongly.
@@ -103,6 +103,8 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         use_rslora=data.get("use_rslora") or False,
         use_dora=data.get("use_dora") or False,
         lora_bias=data.get("lora_bias") or False,
+        use_qalora=data.get("use_qalora") or False,
+        qalora_group_size=data.get("qalora_group_size") or 16,
         bias=data.get("bias") or "none",
         trainable_token_indices=data.get("trainable_token_indices") or None,
         layer_replication=data.get("layer_replication") or None,
@@ -169,6 +171,8 @@ def to_peft(
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
+        "use_qalora": config.use_qalora,
+        "qalora_group_size": config.qalora_group_size if config.use_qalora else None,
         "trainable_token_indices": config.to_dict()["trainable_token_indices"],
         "layer_replication": config.to_dict()["layer_replication"],
     }

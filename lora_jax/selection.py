@@ -94,6 +94,8 @@ class _Chooser:
             return None, note
         if self.config.lora_bias and isinstance(layout, Layout) and (layout.op == "embedding" or layout.tied):
             layout = "a table, which is looked up: `lora_bias` adds to products only"
+        if self.config.use_qalora and isinstance(layout, Layout):
+            layout = self._groupable(layout)
         if isinstance(layout, str):
             entries.refuse("target_modules", named, path, tuple(leaf.shape), layout)
             return None, layout
@@ -150,6 +152,13 @@ class _Chooser:
             self.layers.add(layer[0])
             self.lists.add(layer[1])
 
+    def _groupable(self, layout: Layout) -> Layout | str:
+        inner = [atom for atom, role in zip(layout.atoms, layout.roles, strict=True) if role == "i"]
+        size = self.config.qalora_group_size
+        if layout.op != "linear" or layout.tied or len(inner) != 1:
+            return f"no linear layer of one input axis ({layout.op}), as `use_qalora` needs"
+        return f"{inner[0].size} inputs are no groups of `qalora_group_size={size}`" if inner[0].size % size else layout
+
     def _site(self, path: Path, leaf: Any, layout: Layout) -> Site:
         config = self.config
         rank = self._value("rank_pattern", path, config.rank_pattern, config.rank)
@@ -158,7 +167,7 @@ class _Chooser:
             path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), op=layout.op, atoms=layout.atoms,
             roles=layout.roles, rank=int(rank), alpha=float(alpha), rslora=config.use_rslora,
             kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied, dora=config.use_dora,
-            lora_bias=config.lora_bias,
+            lora_bias=config.lora_bias, group=config.qalora_group_size if config.use_qalora else 1,
         )  # fmt: skip
 
     def _value(self, field: str, path: Path, pattern: Mapping[str, float], usual: float) -> float:

@@ -62,6 +62,7 @@ class Site:
       as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
     - `tokens`: rows of a looked-up table that are trained in place of factors; the leaf holds the rows themselves,
       (token, *out). The table is then W + A·B with A one-hot and B the rows' differences, of rank `len(tokens)`.
+    - `group`: QALoRA's: A has one row for this many inputs (`Adapter.factors` repeats it for each of them).
     - `lora_bias`: a trained bias on B (`lora_jax/weights/lora_bias.py`).
     - `dora`: a trained magnitude for each lead and out position (`lora_jax/weights/dora.py`).
     """
@@ -81,6 +82,7 @@ class Site:
     dora: bool = False
     lora_bias: bool = False
     tokens: tuple[int, ...] = ()
+    group: int = 1
 
     @cached_property
     def name(self) -> str:
@@ -124,8 +126,9 @@ class Site:
 
     @cached_property
     def a_shape(self) -> tuple[int, ...]:
-        """Shape of `lora_A`: (*lead, *in, rank)."""
-        return (*self.sizes_of("l"), *self.sizes_of("i"), self.rank)
+        """Shape of `lora_A`: (*lead, *in, rank); of `group` inputs together, (*lead, in // group, rank)."""
+        inner = self.sizes_of("i") if self.group == 1 else (self.fan_in // self.group,)
+        return (*self.sizes_of("l"), *inner, self.rank)
 
     @cached_property
     def b_shape(self) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ def plan_table(plan: Plan) -> str:
             notes = [f"formed in full by {', '.join(sorted(formed[row.name]))}"] if row.name in formed else []
             notes += ["DoRA"] if site.dora else []
             notes += ["bias on B"] if site.lora_bias else []
+            notes += [f"A in groups of {site.group}"] if site.group > 1 else []
             notes += [row.note] if row.note else []
             if site.rank >= min(site.fan_in, site.fan_out):
                 notes.append(f"rank is not below min(in, out) = {min(site.fan_in, site.fan_out)}")

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from lora_jax.adapters import Adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.planning import Plan
-from lora_jax.sites import MAGNITUDE, Site
+from lora_jax.sites import LORA_A, LORA_B, MAGNITUDE, Site
 
 from .arrays import convert
 from .files import FLOATS
@@ -144,7 +144,7 @@ def target_names(sites: Plan | Sequence[Site], names: Names = None) -> dict[str,
 def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
     out = []
     for place in placed:
-        a, b = (convert(x, "numpy") for x in adapter.factors(place.site))
+        a, b = (convert(adapter.leaf(place.site.leaf_path(factor)), "numpy") for factor in (LORA_A, LORA_B))
         vectors = {name: convert(x, "numpy") for name, x in adapter.vectors(place.site).items()}
         for name, factors in to_modules(place, a, b, vectors).items():
             out.append(module_of(place, name, factors))

@@ -35,6 +35,7 @@ class Module:
     factors: Factors
     alpha: float
     rslora: bool
+    group: int = 1
 
 
 def module_of(place: Placement, name: str, factors: Factors) -> Module:
@@ -42,7 +43,7 @@ def module_of(place: Placement, name: str, factors: Factors) -> Module:
     site = place.site
     grown = factors.rank / site.rank
     alpha = site.alpha * (grown**0.5 if site.rslora else grown) if grown != 1 else site.alpha
-    return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora)
+    return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora, site.group)
 
 
 def refuse(
@@ -60,6 +61,8 @@ def refuse(
         problems.append(f"`layer_replication`: {reader} repeats no layers")
     for place in places:
         names = ", ".join(place.names)
+        if place.site.group > 1:
+            problems.append(f"{names}: {reader} does not read QALoRA")
         if place.site.vectors:
             problems.append(f"{names}: {reader} does not read {_VARIANTS[place.site.vectors[0]]}")
         if place.kind == "conv":
@@ -133,6 +136,9 @@ def adapter_config(
     if problem := _misread(list(tokens or ()), list(tokens or ()), [*plain, *full, *(others or ())]):
         raise ValueError(f"PEFT compares the ends of names: {problem.replace('modules_to_save', 'trained rows')}.")
     targets = sorted(plain) if others is None else shortest_names(plain, [*others, *full])
+    groups = {m.group for m in modules} or {1}
+    if len(groups) > 1:
+        raise ValueError(f"QALoRA's groups are of sizes {sorted(groups)}: PEFT has one for an adapter.")
     stated = LoRAConfig(
         rank=int(rank),
         alpha=alpha,
@@ -141,6 +147,8 @@ def adapter_config(
         alpha_pattern=_deviating({n: plain_number(a) for n, a in alphas.items()}, alpha),
         modules_to_save=_saved(full, config, [*plain, *(others or ())]),
         use_rslora=rslora,
+        use_qalora=max(groups) > 1,
+        qalora_group_size=max(groups),
         use_dora=_on_all(modules, MAGNITUDE),
         lora_bias=_on_all(modules, LORA_BIAS),
         bias=bias,

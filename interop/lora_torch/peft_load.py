@@ -26,7 +26,7 @@ from .peft_full import match_aliases
 from .peft_keys import PARAMETER_ORDER, PREFIX, VECTORS, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
 from .peft_read import AdapterFile, read_sorted
-from .peft_settings import scaling
+from .peft_settings import group_of, scaling
 from .peft_tensors import Factors, Joined, Placement, from_modules
 from .peft_tensors import tied as tied_factors
 from .peft_tokens import token_leaves
@@ -116,6 +116,12 @@ def read_sites(
     _fill_layers(file, placed, keys)
     _match_names(file, placed, keys, entries, tied or {})
     _check_bases(file, sites, naming, tied or {}, params)
+    group = group_of(file.config)
+    file.problems += [
+        f"`{site.name}`: the file's lora_A stands for {group} inputs each, the plan's for {site.group} (QALoRA)"
+        for site in sites
+        if site.is_low_rank and site.group != group
+    ]
     joined = {place.site.path: _join(file, place, keys) for place in placed}
     rows = token_leaves(file, sites, naming)
     file.raise_if_any()

@@ -22,6 +22,7 @@ from .peft_keys import PARAMETER_ORDER, PREFIX
 from .peft_load import read_sites, widen
 from .peft_names import Names, as_naming, place_each, with_stacks
 from .peft_read import AdapterFile, read_sorted
+from .peft_settings import group_of
 from .peft_tensors import Placement
 from .peft_tokens import planned_tokens
 
@@ -76,7 +77,8 @@ def plan_peft(
     chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
     file.problems += _targeted_but_absent(file, [p for p in found.values() if isinstance(p, Placement)])
     tokens = planned_tokens(file, found)
-    chosen = [site for site in chosen if site.name not in tokens]
+    group = group_of(file.config)
+    chosen = [replace(site, group=group) for site in chosen if site.name not in tokens]
     by_rows = [
         replace(site, rank=len(rows), alpha=float(len(rows)), tokens=rows)
         for site in broad.sites
@@ -113,6 +115,8 @@ def plan_peft(
         # PEFT trains a bias without the rest of its module: such a one by its own name.
         modules_to_save=sorted({site.name if site.path[:-1] in partly else site.module for site in full}),
         lora_bias=bool(file.config.get("lora_bias")),
+        use_qalora=group > 1,
+        qalora_group_size=group,
         trainable_token_indices=tokens,
         layer_replication=file.config.get("layer_replication"),
         use_rslora=bool(file.config.get("use_rslora")),

@@ -63,7 +63,7 @@ class Placement:
         sizes = tuple(atom.size for atom in self.inner)
         if self.kind == "conv":
             return (sizes[0] * self.groups, *sizes[1:])
-        return (math.prod(sizes),)
+        return (math.prod(sizes) // self.site.group,)
 
     @property
     def out_size(self) -> int:
@@ -203,6 +203,7 @@ def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[
     if found.scale != scale:
         b = fold(b, found.scale / scale, name)
     counts, inner = [x.size for x in place.experts], [x.size for x in place.inner]
+    inner = inner if place.site.group == 1 else [*place.a_rest]
     if place.kind == "conv":
         a, b = _conv_in(a, b.reshape(b.shape[:2]), place.groups, name)
     rank = a.shape[0] // math.prod(counts)
