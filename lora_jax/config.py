@@ -246,7 +246,7 @@ def check_ranges(value: Any) -> tuple[tuple[int, int], ...] | None:
     )
     if not all(len(p) == 2 and all(isinstance(n, int) for n in p) and 0 <= p[0] < p[1] for p in pairs):
         raise ValueError(f"`layer_replication={value!r}` is no list of ranges; write e.g. [[0, 4], [2, 5]].")
-    return tuple((start, end) for start, end in pairs)
+    return tuple((p[0], p[1]) for p in pairs)
 
 
 def _rows(name: str, rows: Any) -> tuple[int, ...]:
