@@ -13,8 +13,10 @@ from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
 from lora_jax.merging import merge as merge
 from lora_jax.merging import unmerge as unmerge
+from lora_jax.merging import weight_norms as weight_norms
 from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
+from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
 from lora_jax.undropped import InertDropoutWarning as InertDropoutWarning
 
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
+    from lora_jax import optimizers as optimizers
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "linen", "nnx", "ops")
+_LAZY = ("checkpoint", "linen", "nnx", "ops", "optimizers")
 
 
 def __getattr__(name: str) -> Any:

@@ -163,6 +163,13 @@ def set_adapter(model: AdaptedModule, adapter: Any) -> None:
     **Raises:** `ValueError` naming every leaf that does not fit.
     """
     checked = as_adapter(adapter, plan_of(model).sites)
+    new, own = ({path for site in sites for path in site.leaves} for sites in (checked.sites, plan_of(model).sites))
+    if new != own:
+        other = "/".join(min(new ^ own))
+        raise ValueError(
+            f"the adapter and the module differ in {other} (DoRA, a bias on B, trained rows): the module's variables "
+            "are those of its configuration. Adapt the base again, with the configuration of this adapter."
+        )
     state = nnx.state(model.lora, nnx.LoRAParam)
     nnx.replace_by_pure_dict(state, checked.to_dict())
     nnx.update(model.lora, state)
