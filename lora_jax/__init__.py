@@ -20,13 +20,14 @@ from lora_jax.undropped import InertDropoutWarning as InertDropoutWarning
 
 if TYPE_CHECKING:
     from lora_jax import checkpoint as checkpoint
+    from lora_jax import inits as inits
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "linen", "nnx", "ops")
+_LAZY = ("checkpoint", "inits", "linen", "nnx", "ops")
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ def _fold(params: Any, adapter: Adapter, sign: float, what: str = "merge") -> An
     adapter = as_adapter(adapter, adapter.sites)
     paths, leaves, tree = tracing.flatten_params(params)
     check_params(adapter.sites, {p: x.shape for p, x in zip(paths, leaves, strict=True)})
-    _refuse_shared(paths, leaves, adapter)
+    refuse_shared(paths, leaves, adapter)
     sites = {site.path: site for site in adapter.sites}
     return jax.tree.unflatten(
         tree,
@@ -80,7 +80,8 @@ def _folded(leaf: Any, site: Site | None, adapter: Adapter, sign: float) -> Any:
     return (jnp.asarray(leaf, wide) + sign * change.astype(wide)).astype(leaf.dtype)
 
 
-def _refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:
+def refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:
+    """Raises if an adapted array also stands at another path, where it would not change along."""
     adapted = {site.path for site in adapter.sites}
     seen: dict[int, list[tuple[str, ...]]] = {}
     for path, leaf in zip(paths, leaves, strict=True):
