@@ -17,15 +17,22 @@ from lora_jax.sites import Site
 RANK = "rank"
 
 
-def merge(params: Any, adapter: Adapter) -> Any:
+def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
     """A copy of `params` with W + s·A·B in place of every adapted W; other leaves are the same objects.
 
     The sum is computed in float32 (float64 for a float64 base) and rounded once to the base's dtype.
 
+    **Arguments:** `safe` looks at every merged value before it returns any (PEFT's `safe_merge`): a factor that
+    diverged, or a sum too large for the base's dtype, is an error. Not under `jit`, where there are no values yet.
+
     **Raises:** `ValueError` if a leaf is missing or misshapen, or if an adapted leaf's array also stands at
-    another path: the two would no longer be one weight. `TypeError` if `adapter` is no `Adapter`.
+    another path: the two would no longer be one weight; with `safe`, naming every parameter that would not be
+    finite. `TypeError` if `adapter` is no `Adapter`.
     """
-    return _fold(params, adapter, 1.0)
+    merged = _fold(params, adapter, 1.0)
+    if safe:
+        _refuse_not_finite(merged, adapter)
+    return merged
 
 
 def unmerge(params: Any, adapter: Adapter) -> Any:
@@ -78,6 +85,22 @@ def _folded(leaf: Any, site: Site | None, adapter: Adapter, sign: float) -> Any:
     change = delta(site, *adapter.factors(site))
     wide = jnp.promote_types(leaf.dtype, change.dtype)
     return (jnp.asarray(leaf, wide) + sign * change.astype(wide)).astype(leaf.dtype)
+
+
+def _refuse_not_finite(merged: Any, adapter: Adapter) -> None:
+    paths, leaves, _ = tracing.flatten_params(merged)
+    adapted = {site.path for site in adapter.sites}
+    found = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if path in adapted]
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in found):
+        raise ValueError("`safe=True` looks at values, which do not exist under `jax.jit`: merge outside of it.")
+    bad = [".".join(path) for path, leaf in found if not bool(jnp.isfinite(leaf).all())]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise ValueError(
+            f"merging would give numbers that are not finite in {', '.join(bad[:4])}{more}: the adapter diverged, or "
+            "the base's dtype is too narrow for the sum. Nothing was changed: use an earlier checkpoint or a wider "
+            "base."
+        )
 
 
 def refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:

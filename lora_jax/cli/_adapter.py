@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_torch import products
+from lora_jax import products
 from lora_torch.peft_read import AdapterFile, read_described
 from lora_torch.peft_settings import scaling
 
