@@ -21,8 +21,10 @@ from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
 from lora_jax.merging import merge as merge
 from lora_jax.merging import unmerge as unmerge
+from lora_jax.merging import weight_norms as weight_norms
 from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
+from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
 from lora_jax.status import layer_status as layer_status
 from lora_jax.status import model_status as model_status
@@ -35,10 +37,12 @@ if TYPE_CHECKING:
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
+    from lora_jax import peft as peft
+    from lora_jax import optimizers as optimizers
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "inits", "linen", "nnx", "ops")
+_LAZY = ("checkpoint", "inits", "linen", "nnx", "ops", "optimizers", "peft")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,8 +22,10 @@ class Adapter(Mapping[str, Any]):
     """Trainable leaves of every adapted parameter, nested by path, plus their static `sites`.
 
     For a site with roles (lead, in, out) the leaves are `<module>/lora_A/<param>` of shape
-    `(*lead, *in, rank)` and `<module>/lora_B/<param>` of shape `(*lead, rank, *out)`; a site of kind
-    `"full"` has one leaf at the parameter's own path.
+    `(*lead, *in, rank)` and `<module>/lora_B/<param>` of shape `(*lead, rank, *out)`; with DoRA also
+    `<module>/lora_magnitude_vector/<param>`, with `lora_bias` `<module>/lora_bias/<param>`, both of shape
+    `(*lead, *out)`. Trained rows of a table are `<module>/trainable_tokens/<param>`. A site of kind `"full"` has one
+    leaf at the parameter's own path.
     """
 
     def __init__(self, tree: Mapping[str, Any], sites: tuple[Site, ...]):
@@ -73,8 +75,17 @@ class Adapter(Mapping[str, Any]):
         return leaf_at(self._tree, path)
 
     def factors(self, site: Site) -> tuple[Any, Any]:
-        """`(lora_A, lora_B)` of one site."""
-        return self.leaf(site.leaf_path(LORA_A)), self.leaf(site.leaf_path(LORA_B))
+        """`(lora_A, lora_B)` of one site, as they multiply: the A of a group of inputs repeated for each of them."""
+        a, b = self.leaf(site.leaf_path(LORA_A)), self.leaf(site.leaf_path(LORA_B))
+        if site.group > 1:
+            # QALoRA's mean over a group, times the number of groups.
+            share = (site.fan_in // site.group) / site.group
+            a = jnp.repeat(jnp.asarray(a), site.group, axis=-2) * jnp.asarray(share, a.dtype)
+        return a, b
+
+    def vectors(self, site: Site) -> dict[str, Any]:
+        """What one site trains beside its factors, by name: DoRA's magnitude, a bias on B."""
+        return {name: self.leaf(site.leaf_path(name)) for name in site.vectors}
 
     def to_dict(self) -> dict[str, Any]:
         """The leaves as plain nested dicts, without the sites."""
@@ -106,21 +117,14 @@ def leaf_at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 def expected_leaves(sites: tuple[Site, ...]) -> dict[tuple[str, ...], tuple[int, ...]]:
     """`{leaf path: shape}` of an adapter with these sites."""
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for site in sites:
-        if site.is_full:
-            shapes[site.path] = site.shape
-        else:
-            shapes[site.leaf_path(LORA_A)] = site.a_shape
-            shapes[site.leaf_path(LORA_B)] = site.b_shape
-    return shapes
+    return {path: shape for site in sites for path, shape in site.leaves.items()}
 
 
 def check_places(sites: tuple[Site, ...]) -> None:
     """Raises unless every leaf of an adapter with these sites has a place of its own in the tree."""
     owners: dict[tuple[str, ...], Site] = {}
     for site in sites:
-        for path in expected_leaves((site,)):
+        for path in site.leaves:
             _refuse_clash(owners.setdefault(path, site), site, path)
     for path, site in owners.items():
         for end in range(1, len(path)):

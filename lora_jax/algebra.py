@@ -65,10 +65,12 @@ def randomised_svd(
     width = min(rank + oversample, m, n)
     transposed = jnp.swapaxes(matrix, -1, -2)
     basis = jnp.linalg.qr(times(matrix, jax.random.normal(key, (*matrix.shape[:-2], n, width), matrix.dtype)))[0]
-    for _ in range(iterations):
+
+    def step(_: int, basis: jax.Array) -> jax.Array:
         # Made orthonormal at every step: else all columns lean towards the first singular vector.
-        basis = jnp.linalg.qr(times(transposed, basis))[0]
-        basis = jnp.linalg.qr(times(matrix, basis))[0]
+        return jnp.linalg.qr(times(matrix, jnp.linalg.qr(times(transposed, basis))[0]))[0]
+
+    basis = lax.fori_loop(0, iterations, step, basis)  # a loop, since each decomposition takes long to compile
     u, s, vt = jnp.linalg.svd(times(jnp.swapaxes(basis, -1, -2), matrix), full_matrices=False)
     return times(basis, u), s, vt
 

@@ -15,6 +15,7 @@ import numpy as np
 # What `re.compile` raises: huge repetitions and deep nesting have errors of their own.
 NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
+BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "xavier", "gaussian", "orthogonal", "random")
 
 
@@ -33,6 +34,17 @@ class LoRAConfig:
     - `layers_to_transform`, `layers_pattern`: keep only these layers; an entry of `target_modules` that spells
       out a whole name is kept in any layer, as in PEFT.
     - `rank_pattern`, `alpha_pattern`: `{pattern: value}`, first match wins; a pattern matches the end of a name.
+    - `use_dora`: train a magnitude for each output beside the factors, which then change the direction only (Liu et
+      al., arXiv:2402.09353). Costs a pass over each weight per call, and with dropout a second product.
+    - `lora_bias`: a bias on B, scaled as B is; not on embeddings, and not with `use_dora`.
+    - `bias`: which parameters called `bias` are trained in full: `"none"`, `"all"` of the model, or `"lora_only"`,
+      those of adapted modules.
+    - `trainable_token_indices`: rows of the model's embedding table to train, `[32000, 32001]`, or of the tables named:
+      `{"embed_tokens": [32000]}`. A head tied to the table changes with it.
+    - `use_qalora`, `qalora_group_size`: A reads sums over groups of neighbouring inputs (Xu et al., arXiv:2309.14717),
+      scaled as in PEFT; linear layers only, whose inputs the group size divides.
+    - `layer_replication`: the ranges by which `replicate_layers` made the model deeper, for PEFT, which repeats its own
+      layers by them; here the function is deeper already.
     - `modules_to_save`: modules trained in full beside the factors (a new classification head, say).
     - `dropout`: probability on the input of the low-rank branch, in [0, 1), kept to 1/65536. Active only when a key is
       given, and not on embeddings that are looked up; the plan notes every parameter on which it has no effect.
@@ -56,6 +68,13 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    bias: str = "none"
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     dropout: float = 0.0
     init: str = "kaiming"
     dtype: Any = "float32"
@@ -78,9 +97,20 @@ class LoRAConfig:
             if not isinstance(value, Mapping):
                 raise TypeError(f"`{name}` maps patterns to numbers, got {type(value).__name__}.")
             set_(name, {_regex(name, key): check(f"{name}[{key!r}]", number) for key, number in value.items()})
-        if not isinstance(self.use_rslora, bool | np.bool_):
-            raise TypeError(f"`use_rslora={self.use_rslora!r}`: write True or False.")
-        set_("use_rslora", bool(self.use_rslora))
+        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_):
+                raise TypeError(f"`{name}={value!r}`: write True or False.")
+            set_(name, bool(value))
+        if self.lora_bias and self.use_dora:
+            raise ValueError("`lora_bias` with `use_dora`: a magnitude has no place for a bias on B; choose one.")
+        set_("trainable_token_indices", _tokens(self.trainable_token_indices))
+        set_("qalora_group_size", _whole("qalora_group_size", self.qalora_group_size, least=1, hint="16"))
+        if self.use_qalora and self.use_dora:
+            raise ValueError("`use_qalora` with `use_dora`: PEFT has no such combination; choose one.")
+        set_("layer_replication", check_ranges(self.layer_replication))
+        if self.bias not in BIASES:
+            raise ValueError(f"`bias={self.bias!r}` is unknown; {_did_you_mean(str(self.bias), BIASES)}")
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout={self.dropout!r}` must be a probability in [0, 1), e.g. 0.05.")
         set_("dropout", _plain(self.dropout))
@@ -135,8 +165,10 @@ class LoRAConfig:
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            out[f.name] = list(value) if isinstance(value, tuple) else value
+            out[f.name] = [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
         out["rank_pattern"], out["alpha_pattern"] = dict(self.rank_pattern), dict(self.alpha_pattern)
+        if isinstance(self.trainable_token_indices, Mapping):
+            out["trainable_token_indices"] = {k: list(v) for k, v in self.trainable_token_indices.items()}
         return out
 
     @classmethod
@@ -195,6 +227,35 @@ def _alpha(name: str, value: Any) -> int | float:
             "leave modules out with `exclude_modules`."
         )
     return _plain(value)
+
+
+def _tokens(value: Any) -> Any:
+    """Rows by the name of their table, `""` for the model's embedding; None where there are none."""
+    if value is None or (isinstance(value, Sequence | Mapping) and not value):
+        return None
+    if not isinstance(value, Mapping):
+        return _rows("trainable_token_indices", value)
+    return {name: _rows(f"trainable_token_indices[{name!r}]", rows) for name, rows in value.items()}
+
+
+def check_ranges(value: Any) -> tuple[tuple[int, int], ...] | None:
+    if value is None or (isinstance(value, Sequence) and not value):
+        return None
+    pairs = (
+        [tuple(pair) if isinstance(pair, Sequence) else () for pair in value] if isinstance(value, Sequence) else [()]
+    )
+    if not all(len(p) == 2 and all(isinstance(n, int) for n in p) and 0 <= p[0] < p[1] for p in pairs):
+        raise ValueError(f"`layer_replication={value!r}` is no list of ranges; write e.g. [[0, 4], [2, 5]].")
+    return tuple((start, end) for start, end in pairs)
+
+
+def _rows(name: str, rows: Any) -> tuple[int, ...]:
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise TypeError(f"`{name}={rows!r}` is no list of rows; write e.g. [32000, 32001].")
+    out = tuple(_whole(name, row, least=0, hint="[32000, 32001]") for row in rows)
+    if len(set(out)) < len(out) or not out:
+        raise ValueError(f"`{name}={list(out)}` must name one row or more, each once.")
+    return out
 
 
 def _regex(name: str, key: Any) -> str:

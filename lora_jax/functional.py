@@ -15,8 +15,11 @@ from lora_jax.interpret import Interpreter, site_key
 from lora_jax.ops.choice import check_implementation
 from lora_jax.ops.dropout import threshold
 from lora_jax.planning import Plan
-from lora_jax.sites import Site
+from lora_jax.sites import LORA_BIAS, MAGNITUDE, TOKENS, Site
+from lora_jax.token_rows import token_factors
+from lora_jax.weights.dora import dora_weight
 from lora_jax.weights.lora import lora_weight
+from lora_jax.weights.lora_bias import biased_weight
 from lora_jax.weights.virtual import Virtual
 
 
@@ -27,7 +30,8 @@ class MaterialisedWarning(UserWarning):
 def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = None) -> Callable[..., Any]:
     """The adapted function: `apply(fn, plan)(params, adapter, *args, key=None, **kwargs)`.
 
-    Computes `fn` with every planned parameter W standing for W + s·A·B, without forming that sum. Pure, so it
+    Computes `fn` with every planned parameter W standing for W + s·A·B (with DoRA, for its multiple of the trained
+    magnitude), without forming that sum. Pure, so it
     composes with `jit`, `grad`, `vmap`, `checkpoint`, `scan` and `eval_shape`; wrap it in `jax.jit`, since every
     call traces. Pass `params` as an argument of the jitted function, not as a constant it closes over.
 
@@ -71,12 +75,23 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
             if not site.is_full:
                 i = where[site.path]
                 own = None if key is None else site_key(key, site)
-                a, b = adapter.factors(site)
-                inputs[i] = lora_weight(site, inputs[i], a, b, own, dropout_rate=rate, implementation=implementation)
+                inputs[i] = _virtual(site, inputs[i], adapter, own, dropout_rate=rate, implementation=implementation)
         interpreter = Interpreter(report, drops=key is not None)
         return traced.rebuild(interpreter.run_dense(traced.jaxpr, traced.consts, inputs))
 
     return adapted
+
+
+def _virtual(site: Site, base: Any, adapter: Adapter, key: Any, **settings: Any) -> Virtual:
+    if site.tokens:  # rows are replaced, whatever the dropout of the other branches
+        factors = token_factors(site, base, adapter.leaf(site.leaf_path(TOKENS)))
+        return lora_weight(site, base, *factors, implementation=settings["implementation"])
+    a, b = adapter.factors(site)
+    if site.dora:
+        return dora_weight(site, base, a, b, adapter.vectors(site)[MAGNITUDE], key, **settings)
+    if site.lora_bias:
+        return biased_weight(site, base, a, b, adapter.vectors(site)[LORA_BIAS], key, **settings)
+    return lora_weight(site, base, a, b, key, **settings)
 
 
 def _refuse_own_key(fn: Callable[..., Any]) -> None:

@@ -39,20 +39,29 @@ def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax
     return _draw(key, np.uint32(site.seed), site=dataclasses.replace(site, path=("",)), init=init, dtype=dtype)
 
 
+def init_bias(site: Site, key: jax.Array, init: str, dtype: str) -> jax.Array:
+    """The bias on B, (*lead, *out): zeros; with `"random"` U(±1/sqrt(rank)), as PEFT's `init_lora_weights=False`."""
+    if init != "random":
+        return jnp.zeros(site.vector_shape, dtype)
+    key = jax.random.fold_in(jax.random.fold_in(key, site.seed), 2)
+    return _uniform(key, site.vector_shape, site.rank, dtype)
+
+
 @functools.partial(jax.jit, static_argnames=("site", "init", "dtype"))
 def _draw(key: jax.Array, seed: jax.Array, *, site: Site, init: str, dtype: str) -> tuple[jax.Array, jax.Array]:
     key_a, key_b = jax.random.split(jax.random.fold_in(key, seed))
     a_shape, b_shape, rank = site.a_shape, site.b_shape, site.rank
+    fan_in = site.fan_in // site.group
     if init == "orthogonal":
         return _orthogonal(site, key_a, key_b, dtype)
     if init == "random":
-        return _uniform(key_a, a_shape, site.fan_in, dtype), _uniform(key_b, b_shape, rank, dtype)
+        return _uniform(key_a, a_shape, fan_in, dtype), _uniform(key_b, b_shape, rank, dtype)
     if site.op == "embedding":
         return jnp.zeros(a_shape, dtype), jax.random.normal(key_b, b_shape, jnp.float32).astype(dtype)
     if init == "kaiming":
-        a = _uniform(key_a, a_shape, site.fan_in, dtype)
+        a = _uniform(key_a, a_shape, fan_in, dtype)
     else:
-        std = 1 / rank if init == "gaussian" else math.sqrt(2 / (site.fan_in + rank))
+        std = 1 / rank if init == "gaussian" else math.sqrt(2 / (fan_in + rank))
         a = (std * jax.random.normal(key_a, a_shape, jnp.float32)).astype(dtype)
     return a, jnp.zeros(b_shape, dtype)
 

@@ -7,7 +7,7 @@ never dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.config import LoRAConfig
@@ -32,22 +32,23 @@ _INITS_BACK = {str(peft): ours for ours, peft in _INITS.items()}
 # Read: they have a field here.
 _MAPPED = frozenset(
     "peft_type r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern modules_to_save use_rslora lora_dropout init_lora_weights target_parameters task_type".split()
+    "alpha_pattern modules_to_save use_rslora use_dora lora_bias bias trainable_token_indices lora_dropout use_qalora "
+    "qalora_group_size layer_replication init_lora_weights target_parameters task_type".split()
 )
 # Without effect on what is computed: bookkeeping, storage order (the file's factors have one orientation in any
 # case), sizes that matter only beside a switch in `_REFUSED`, and tying, which a tied table does here by itself.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path ensure_weight_tying fan_in_fan_out inference_mode megatron_core "
-    "peft_version qalora_group_size revision runtime_config".split()
+    "peft_version revision runtime_config".split()
 )
-# Every one of these is off when it is falsy, in all of PEFT's releases; `bias` is off at "none".
+# Every one of these is off when it is falsy, in all of PEFT's releases.
 _REFUSED = frozenset(
-    "alora_invocation_tokens arrow_config bias corda_config eva_config kasa_config layer_replication loftq_config "
-    "lora_bias lora_ga_config megatron_config monteclora_config trainable_token_indices use_bdlora use_dora "
-    "use_qalora velora_config".split()
+    "alora_invocation_tokens arrow_config corda_config eva_config kasa_config loftq_config "
+    "lora_ga_config megatron_config monteclora_config use_bdlora "
+    "velora_config".split()
 )
 # PEFT cannot merge these, or merges them wrongly.
-_NEVER_MERGED = frozenset({"alora_invocation_tokens", "arrow_config", "layer_replication"})
+_NEVER_MERGED = frozenset({"alora_invocation_tokens", "arrow_config"})
 
 
 def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
@@ -101,6 +102,13 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
         alpha_pattern=data.get("alpha_pattern") or {},
         modules_to_save=data.get("modules_to_save") or (),
         use_rslora=data.get("use_rslora") or False,
+        use_dora=data.get("use_dora") or False,
+        lora_bias=data.get("lora_bias") or False,
+        use_qalora=data.get("use_qalora") or False,
+        qalora_group_size=data.get("qalora_group_size") or 16,
+        bias=data.get("bias") or "none",
+        trainable_token_indices=data.get("trainable_token_indices") or None,
+        layer_replication=data.get("layer_replication") or None,
         dropout=data.get("lora_dropout") or 0.0,
         init=_INITS_BACK[str(init)],
     )
@@ -150,7 +158,7 @@ def to_peft(
         "lora_alpha": plain_number(config.alpha),
         "lora_dropout": float(config.dropout),
         "target_modules": _plain_names(config.target_modules),
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True if trained else _INITS[config.init],
     }
@@ -162,6 +170,12 @@ def to_peft(
         "alpha_pattern": {k: plain_number(v) for k, v in config.alpha_pattern.items()},
         "modules_to_save": list(config.modules_to_save),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "use_qalora": config.use_qalora,
+        "qalora_group_size": config.qalora_group_size if config.use_qalora else None,
+        "trainable_token_indices": config.to_dict()["trainable_token_indices"],
+        "layer_replication": config.to_dict()["layer_replication"],
     }
     return {**out, **{key: value for key, value in optional.items() if value}}
 
@@ -193,14 +207,11 @@ def without_init(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in _INIT_SETTINGS}
 
 
-def refused_fields(data: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """What in `data` changes the computation and is not implemented here, one description each.
-
-    **Arguments:** `but`: fields that the caller implements.
-    """
+def refused_fields(data: Mapping[str, Any]) -> list[str]:
+    """What in `data` changes the computation and is not implemented here, one description each."""
     out = []
-    for key in sorted((_REFUSED - set(but)) & set(data)):
-        if _is_on(data, key):
+    for key in sorted(_REFUSED & set(data)):
+        if data[key]:
             merge = "" if key in _NEVER_MERGED else ", or merge the adapter in PEFT (`merge_and_unload`)"
             out.append(f"`{key}={data[key]!r}` is not implemented: train without it{merge}")
     return out
@@ -214,10 +225,6 @@ def unknown_fields(data: Mapping[str, Any]) -> list[str]:
 def plain_number(value: float) -> int | float:
     """A whole number as an int, as PEFT writes it."""
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _is_on(data: Mapping[str, Any], key: str) -> bool:
-    return bool(data[key]) and not (key == "bias" and data[key] == "none")
 
 
 def _targets(data: Mapping[str, Any]) -> Any:

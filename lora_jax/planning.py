@@ -13,13 +13,16 @@ import jax.numpy as jnp
 from lora_jax import tracing
 from lora_jax.adapters import Adapter, check_places
 from lora_jax.config import LoRAConfig
-from lora_jax.initialisers import init_factors
+from lora_jax.initialisers import init_bias, init_factors
 from lora_jax.interpret import Interpreter
 from lora_jax.layout import layout_of, stated_layout
-from lora_jax.selection import Row, select
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.rows import Row
+from lora_jax.selection import select
+from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, TOKENS, Site
 from lora_jax.status import trainable_parameters
+from lora_jax.token_rows import rows_of
 from lora_jax.undropped import InertDropoutWarning, dropout_note, has_dropout
+from lora_jax.weights.norms import norms
 from lora_jax.weights.probe import Probe, Record, probe_weight
 from lora_jax.weights.virtual import Virtual
 
@@ -45,16 +48,17 @@ class Plan:
     def init(self, key: jax.Array, params: Any = None) -> Adapter:
         """A new adapter. Each site's factors depend on `key` and the site's name only.
 
-        **Arguments:** `params` is needed only with `modules_to_save`, whose copies start at the base's values.
+        **Arguments:** `params` is needed only with `modules_to_save`, whose copies start at the base's values, and with
+        `use_dora`, whose magnitudes start at the norms of the base with its factors.
 
-        **Raises:** `ValueError` if `modules_to_save` is used and `params` is not given.
+        **Raises:** `ValueError` if either is used and `params` is not given.
         """
-        full = [site for site in self.sites if site.is_full]
         values: dict[tuple[str, ...], Any] = {}
-        if full:
+        if needy := [site for site in self.sites if site.is_full or site.tokens or site.dora]:
             if params is None:
+                what = "`use_dora` starts at the norms" if needy[0].dora else "what is trained in full starts at values"
                 raise ValueError(
-                    f"`modules_to_save` trains copies of {', '.join(s.name for s in full)}: pass the base "
+                    f"{what} of {', '.join(s.name for s in needy[:3])}{', …' if len(needy) > 3 else ''}: pass the base "
                     "parameters, `plan.init(key, params)`."
                 )
             paths, leaves, _ = tracing.flatten_params(params)
@@ -65,9 +69,16 @@ class Plan:
                 # A copy: the base stays the base's. As precise as the factors, since it is trained like them.
                 value = values[site.path]
                 out[site.path] = jnp.array(value, jnp.promote_types(value.dtype, self.config.dtype))
+            elif site.tokens:
+                own = rows_of(site, values[site.path])
+                out[site.leaf_path(TOKENS)] = own.astype(jnp.promote_types(own.dtype, self.config.dtype))
             else:
                 a, b = init_factors(site, key, self.config.init, self.config.dtype)
                 out[site.leaf_path(LORA_A)], out[site.leaf_path(LORA_B)] = a, b
+                if site.dora:
+                    out[site.leaf_path(MAGNITUDE)] = norms(site, values[site.path], a, b).astype(a.dtype)
+                if site.lora_bias:
+                    out[site.leaf_path(LORA_BIAS)] = init_bias(site, key, self.config.init, self.config.dtype)
         return Adapter.from_leaves(out, self.sites)
 
     def count(self) -> int:
@@ -152,6 +163,12 @@ def plan(
         for dense in records[site.path].dense
         if not (dense.lookup and site.op == "embedding")
     )
+    if formed and config.lora_bias:
+        raise ValueError(
+            "`lora_bias` adds to the products of a weight, and these weights are formed in full: "
+            + "; ".join(f"`{name}` {shape} by `{primitive}`" for name, primitive, shape in formed)
+            + ". Leave them out with `exclude_modules`."
+        )
     if formed and materialise == "error":
         lines = "; ".join(f"`{name}` {shape} by `{primitive}`" for name, primitive, shape in formed)
         raise ValueError(
@@ -160,7 +177,7 @@ def plan(
         )
     if config.dropout > 0 and sites:
         rows = _with_dropout_notes(rows, records, {name for name, _, _ in formed})
-        if not any(has_dropout(records[site.path], site) for site in sites if not site.is_full):
+        if not any(has_dropout(records[site.path], site) for site in sites if site.is_low_rank):
             warnings.warn(
                 f"`dropout={config.dropout}` has no effect on this model: none of the {len(sites)} adapted parameters "
                 "is used in a product that drops its input (`print(plan)` says why). Write `dropout=0.0`, or target "
@@ -176,7 +193,7 @@ def _with_dropout_notes(
 ) -> tuple[Row, ...]:
     return tuple(
         row
-        if row.site is None or row.site.is_full
+        if row.site is None or not row.site.is_low_rank
         else replace(row, note=dropout_note(records[row.path], row.site, row.name in formed))
         for row in rows
     )

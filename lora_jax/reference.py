@@ -135,13 +135,44 @@ def delta(site: Site, a: Any, b: Any) -> np.ndarray:
     return site.scale * product.reshape(site.shape)
 
 
-def merged(site: Site, w: Any, a: Any, b: Any) -> np.ndarray:
-    """`W + s·A·B` in float64."""
-    return np.asarray(w).astype(np.float64) + delta(site, a, b)
+def merged(site: Site, w: Any, a: Any, b: Any, magnitude: Any = None) -> np.ndarray:
+    """`W + s·A·B` in float64; with a magnitude of shape (*lead, *out), DoRA's multiple of it."""
+    dense = np.asarray(w).astype(np.float64) + delta(site, a, b)
+    return dense if magnitude is None else dense * dora_scale(site, w, a, b, magnitude)
+
+
+def column_norms(site: Site, w: Any, a: Any, b: Any) -> np.ndarray:
+    """`|W + s·A·B|` over the in axes, (*lead, *out), from the formed sum."""
+    letter = _letters(site)
+    dense = (np.asarray(w).astype(np.float64) + delta(site, a, b)).reshape([atom.size for atom in site.atoms])
+    whole = "".join(letter[atom] for atom in site.atoms)
+    return np.sqrt(np.einsum(f"{whole},{whole}->{_axes(site, 'lo', letter)}", dense, dense))
+
+
+def dora_scale(site: Site, w: Any, a: Any, b: Any, magnitude: Any) -> np.ndarray:
+    """`magnitude / |W + s·A·B|`, repeated along the in axes, in the shape of the site's parameter."""
+    letter = _letters(site)
+    c = np.asarray(magnitude).astype(np.float64) / column_norms(site, w, a, b)
+    ones = np.ones([atom.size for atom in site.atoms])
+    whole = "".join(letter[atom] for atom in site.atoms)
+    return np.einsum(f"{_axes(site, 'lo', letter)},{whole}->{whole}", c, ones).reshape(site.shape)
+
+
+def magnitude_gradient(site: Site, w: Any, a: Any, b: Any, dw: Any) -> np.ndarray:
+    """DoRA's gradient of the magnitude, (*lead, *out), from the gradient `dw` of the merged weight."""
+    letter = _letters(site)
+    sizes = [atom.size for atom in site.atoms]
+    whole = "".join(letter[atom] for atom in site.atoms)
+    dense = merged(site, w, a, b).reshape(sizes)
+    grad = np.asarray(dw).astype(np.float64).reshape(sizes)
+    return np.einsum(f"{whole},{whole}->{_axes(site, 'lo', letter)}", grad, dense) / column_norms(site, w, a, b)
 
 
 def factor_gradients(site: Site, a: Any, b: Any, dw: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients of A and B by the chain rule, from the gradient `dw` of the merged weight."""
+    """Gradients of A and B by the chain rule, from the gradient `dw` of the merged weight.
+
+    With DoRA, whose norm is detached, `dw` times `dora_scale` is what stands for it.
+    """
     letter = _letters(site)
     whole = "".join(letter[atom] for atom in site.atoms)
     a_axes = _axes(site, "li", letter) + "r"

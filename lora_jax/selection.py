@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,29 +12,11 @@ from lora_jax import targets
 from lora_jax.config import LoRAConfig
 from lora_jax.entries import Entries, cannot_train
 from lora_jax.layout import Layout
+from lora_jax.rows import Row
 from lora_jax.sites import Site
+from lora_jax.token_rows import with_tokens
 
 Path = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter of the model: its site if it is adapted, else why it is not."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    site: Site | None
-    note: str
-    op: str = ""
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.path)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 def select(
@@ -50,7 +31,29 @@ def select(
         op = layout.op if isinstance(layout, Layout) else ""
         rows.append(Row(path, tuple(leaf.shape), str(leaf.dtype), site, note, op))
     chooser.check(rows)
+    rows = _with_biases(config, with_tokens(config, rows, layouts), layouts)
     return tuple(row.site for row in rows if row.site is not None), tuple(rows)
+
+
+def _with_biases(config: LoRAConfig, rows: list[Row], layouts: Mapping[Path, Layout | str]) -> list[Row]:
+    """The rows with what `bias` trains in full, which neither names nor layers restrict, as in PEFT."""
+    if config.bias == "none":
+        return rows
+    adapted = {row.path[:-1] for row in rows if row.site is not None and not row.site.is_full}
+    out, found = [], False
+    for row in rows:
+        reason = layouts[row.path]
+        wanted = row.path[-1] == "bias" and (config.bias == "all" or row.path[:-1] in adapted)
+        trains = jnp.issubdtype(row.dtype, jnp.floating) and not (isinstance(reason, str) and cannot_train(reason))
+        if wanted and trains:
+            found = True
+            if row.site is None:
+                row = replace(row, site=Site(row.path, row.shape, row.dtype, "full"), note="trained in full (`bias`)")
+        out.append(row)
+    if not found:
+        where = "" if config.bias == "all" else " in the adapted modules"
+        raise ValueError(f"`bias={config.bias!r}` finds no parameter called `bias`{where}; write bias='none'.")
+    return out
 
 
 class _Chooser:
@@ -89,6 +92,10 @@ class _Chooser:
             named, note = self._by_name(path, layout, targeted)
         if not named:
             return None, note
+        if self.config.lora_bias and isinstance(layout, Layout) and (layout.op == "embedding" or layout.tied):
+            layout = "a table, which is looked up: `lora_bias` adds to products only"
+        if self.config.use_qalora and isinstance(layout, Layout):
+            layout = self._groupable(layout)
         if isinstance(layout, str):
             entries.refuse("target_modules", named, path, tuple(leaf.shape), layout)
             return None, layout
@@ -145,6 +152,13 @@ class _Chooser:
             self.layers.add(layer[0])
             self.lists.add(layer[1])
 
+    def _groupable(self, layout: Layout) -> Layout | str:
+        inner = [atom for atom, role in zip(layout.atoms, layout.roles, strict=True) if role == "i"]
+        size = self.config.qalora_group_size
+        if layout.op != "linear" or layout.tied or len(inner) != 1:
+            return f"no linear layer of one input axis ({layout.op}), as `use_qalora` needs"
+        return f"{inner[0].size} inputs are no groups of `qalora_group_size={size}`" if inner[0].size % size else layout
+
     def _site(self, path: Path, leaf: Any, layout: Layout) -> Site:
         config = self.config
         rank = self._value("rank_pattern", path, config.rank_pattern, config.rank)
@@ -152,7 +166,8 @@ class _Chooser:
         return Site(
             path=path, shape=tuple(leaf.shape), dtype=str(leaf.dtype), op=layout.op, atoms=layout.atoms,
             roles=layout.roles, rank=int(rank), alpha=float(alpha), rslora=config.use_rslora,
-            kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied,
+            kernel_spec=layout.kernel_spec, groups=layout.groups, tied=layout.tied, dora=config.use_dora,
+            lora_bias=config.lora_bias, group=config.qalora_group_size if config.use_qalora else 1,
         )  # fmt: skip
 
     def _value(self, field: str, path: Path, pattern: Mapping[str, float], usual: float) -> float:

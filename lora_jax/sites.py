@@ -7,6 +7,8 @@ Letters used throughout the library:
     r  rank.
 
     delta_W[l, i, o] = scale * sum_r lora_A[l, i, r] * lora_B[l, r, o]
+
+With DoRA the weight is `magnitude[l, o] / |W + delta_W|[l, o] * (W + delta_W)[l, i, o]`, with norms over the in axes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from typing import Any
 
 LORA_A = "lora_A"
 LORA_B = "lora_B"
+MAGNITUDE = "lora_magnitude_vector"
+LORA_BIAS = "lora_bias"
+TOKENS = "trainable_tokens"
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +60,11 @@ class Site:
       reshaped kernel or a transposed convolution, which have no form in PEFT.
     - `tied`: the model also uses the parameter the other way round, as an embedding table that is the output head
       as well. The adapter, or the copy trained in full, changes both uses; an exporter has to write both.
+    - `tokens`: rows of a looked-up table that are trained in place of factors; the leaf holds the rows themselves,
+      (token, *out). The table is then W + A·B with A one-hot and B the rows' differences, of rank `len(tokens)`.
+    - `group`: QALoRA's: A has one row for this many inputs (`Adapter.factors` repeats it for each of them).
+    - `lora_bias`: a trained bias on B (`lora_jax/weights/lora_bias.py`).
+    - `dora`: a trained magnitude for each lead and out position (`lora_jax/weights/dora.py`).
     """
 
     path: tuple[str, ...]
@@ -69,6 +79,10 @@ class Site:
     kernel_spec: tuple[int, ...] | None = None
     groups: int = 1
     tied: bool = False
+    dora: bool = False
+    lora_bias: bool = False
+    tokens: tuple[int, ...] = ()
+    group: int = 1
 
     @cached_property
     def name(self) -> str:
@@ -93,6 +107,11 @@ class Site:
         return self.op == "full"
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether `lora_A` and `lora_B` are what is trained."""
+        return not self.is_full and not self.tokens
+
+    @property
     def scale(self) -> float:
         """What A @ B is multiplied by; 1 for a full copy, which has no factors."""
         if self.is_full:
@@ -107,13 +126,24 @@ class Site:
 
     @cached_property
     def a_shape(self) -> tuple[int, ...]:
-        """Shape of `lora_A`: (*lead, *in, rank)."""
-        return (*self.sizes_of("l"), *self.sizes_of("i"), self.rank)
+        """Shape of `lora_A`: (*lead, *in, rank); of `group` inputs together, (*lead, in // group, rank)."""
+        inner = self.sizes_of("i") if self.group == 1 else (self.fan_in // self.group,)
+        return (*self.sizes_of("l"), *inner, self.rank)
 
     @cached_property
     def b_shape(self) -> tuple[int, ...]:
         """Shape of `lora_B`: (*lead, rank, *out)."""
         return (*self.sizes_of("l"), self.rank, *self.sizes_of("o"))
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of what is trained beside the two factors, each of shape `vector_shape`."""
+        return (MAGNITUDE,) * self.dora + (LORA_BIAS,) * self.lora_bias
+
+    @cached_property
+    def vector_shape(self) -> tuple[int, ...]:
+        """One number for each output of each matrix: (*lead, *out)."""
+        return (*self.sizes_of("l"), *self.sizes_of("o"))
 
     @property
     def fan_in(self) -> int:
@@ -126,9 +156,17 @@ class Site:
     @property
     def parameters(self) -> int:
         """Trainable parameters this site adds."""
+        return sum(map(math.prod, self.leaves.values()))
+
+    @cached_property
+    def leaves(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """`{path in the adapter tree: shape}` of every leaf that this site trains."""
         if self.is_full:
-            return math.prod(self.shape)
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+            return {self.path: self.shape}
+        if self.tokens:
+            return {self.leaf_path(TOKENS): self.b_shape}
+        factors = {LORA_A: self.a_shape, LORA_B: self.b_shape, **dict.fromkeys(self.vectors, self.vector_shape)}
+        return {self.leaf_path(name): shape for name, shape in factors.items()}
 
     def leaf_path(self, factor: str) -> tuple[str, ...]:
         """Path of a factor in the adapter tree: `.../q_proj/lora_A/kernel`."""
@@ -142,6 +180,7 @@ class Site:
     def from_dict(cls, data: dict[str, Any]) -> Site:
         fields = dict(data)
         fields["path"], fields["shape"] = tuple(fields["path"]), tuple(fields["shape"])
+        fields["tokens"] = tuple(fields.get("tokens", ()))
         fields["atoms"] = tuple(Atom(**atom) for atom in fields["atoms"])
         spec = fields.get("kernel_spec")
         fields["kernel_spec"] = None if spec is None else tuple(spec)

@@ -21,10 +21,14 @@ def plan_table(plan: Plan) -> str:
         site = row.site
         if site is None:
             lines.append((row.name, row.op, _shape(row.shape), "", "", "", "", "", row.note))
-        elif site.is_full:
-            lines.append((row.name, "full", _shape(row.shape), "", "", "", "", f"{site.parameters:,}", row.note))
+        elif not site.is_low_rank:
+            op = "full" if site.is_full else f"{site.op} rows"
+            lines.append((row.name, op, _shape(row.shape), "", "", "", "", f"{site.parameters:,}", row.note))
         else:
             notes = [f"formed in full by {', '.join(sorted(formed[row.name]))}"] if row.name in formed else []
+            notes += ["DoRA"] if site.dora else []
+            notes += ["bias on B"] if site.lora_bias else []
+            notes += [f"A in groups of {site.group}"] if site.group > 1 else []
             notes += [row.note] if row.note else []
             if site.rank >= min(site.fan_in, site.fan_out):
                 notes.append(f"rank is not below min(in, out) = {min(site.fan_in, site.fan_out)}")

@@ -24,19 +24,20 @@ from safetensors.numpy import save_file
 from lora_jax.adapters import Adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.planning import Plan
-from lora_jax.sites import Site
+from lora_jax.sites import LORA_A, LORA_B, MAGNITUDE, Site
 
 from .arrays import convert
 from .files import FLOATS
 from .model_card import model_card as make_card
 from .peft_export import Module, adapter_config, bake, module_of, refuse
-from .peft_full import check_whole, full_tensors
-from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_full import check_whole, full_tensors, lone_biases
+from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of, vector_keys
 from .peft_names import Names, as_naming, fan_in_fan_out, places, torch_path, with_stacks
 from .peft_read import TENSOR_FILE
 from .peft_settings import CONFIG_FILE
 from .peft_tensors import Placement, to_modules
 from .peft_tensors import tied as tied_factors
+from .peft_tokens import token_tensors
 
 CARD_FILE = "README.md"
 
@@ -88,16 +89,19 @@ def save_peft(
     naming = as_naming(names)
     placed = places(adapter.sites, naming, tied, plan and [row.path for row in plan.rows])
     full = full_tensors(adapter, naming, tied)
-    full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full))
+    biases = lone_biases(full)
+    full_modules = list(dict.fromkeys(name.rpartition(".")[0] for name in full if name not in biases))
     conv1d = fan_in_fan_out(adapter.sites, naming)
-    refuse(target, placed, full_modules, conv1d)
     others = None if plan is None else _others(plan, adapter.sites, naming)
+    rows, indices = token_tensors(adapter, naming)
+    refuse(target, placed, [*full_modules, *biases, *indices], conv1d, bool(config and config.layer_replication))
     own = [name for place in placed if place.kind != "parameter" for name in (*place.names, *place.heads)]
     check_whole(full_modules, [*own, *(others or ())])
     modules = _modules(adapter, placed)
-    _check_dtypes([*(x for m in modules for x in (m.factors.a, m.factors.b)), *full.values()])
+    _check_dtypes([*(x for m in modules for x in m.factors.arrays), *full.values(), *rows.values()])
     if target != "peft":
         modules = bake(modules)
+    inside = {f"{m.name}.bias" for m in modules}  # of layers that PEFT wraps
     data = adapter_config(
         modules,
         full_modules,
@@ -106,12 +110,19 @@ def save_peft(
         task_type=task_type,
         base_model_name_or_path=None if base_model_name_or_path is None else os.fspath(base_model_name_or_path),
         fan_in_fan_out=conv1d,
+        tokens=indices,
+        bias="none" if not biases else "lora_only" if inside.issuperset(biases) else "all",
     )
     keys = keys_of(placed, parameter_order)
-    tensors = {PREFIX + name: value for name, value in full.items()}
+    layered = {name: name.removesuffix("bias") + "base_layer.bias" for name in inside}
+    tensors = {PREFIX + layered.get(name, name): value for name, value in full.items()} | rows
     for module in modules:
         key_a, key_b = keys[module.name]
         tensors[key_a], tensors[key_b] = module.factors.a, module.factors.b
+        for vector, value in module.factors.vectors.items():
+            if module.kind == "conv" and vector == MAGNITUDE:
+                value = value.reshape(1, -1, *(1 for _ in module.factors.b.shape[2:]))
+            tensors |= dict.fromkeys(vector_keys(key_a, vector), value)
     _check_finite(tensors)
     card = model_card
     if card is True:
@@ -133,8 +144,9 @@ def target_names(sites: Plan | Sequence[Site], names: Names = None) -> dict[str,
 def _modules(adapter: Adapter, placed: Sequence[Placement]) -> list[Module]:
     out = []
     for place in placed:
-        a, b = (convert(x, "numpy") for x in adapter.factors(place.site))
-        for name, factors in to_modules(place, a, b).items():
+        a, b = (convert(adapter.leaf(place.site.leaf_path(factor)), "numpy") for factor in (LORA_A, LORA_B))
+        vectors = {name: convert(x, "numpy") for name, x in adapter.vectors(place.site).items()}
+        for name, factors in to_modules(place, a, b, vectors).items():
             out.append(module_of(place, name, factors))
             out += [module_of(place, head, tied_factors(factors)) for head in place.heads]
     return out

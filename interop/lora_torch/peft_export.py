@@ -17,11 +17,13 @@ import numpy as np
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import plain_number, to_peft
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
 from lora_jax.targets import saved_by
 
 from .peft_tensors import Factors, Placement, fold
 
 TARGETS = ("peft", "vllm", "gguf")
+_VARIANTS = {MAGNITUDE: "DoRA", LORA_BIAS: "`lora_bias`"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Module:
     factors: Factors
     alpha: float
     rslora: bool
+    group: int = 1
 
 
 def module_of(place: Placement, name: str, factors: Factors) -> Module:
@@ -40,19 +43,28 @@ def module_of(place: Placement, name: str, factors: Factors) -> Module:
     site = place.site
     grown = factors.rank / site.rank
     alpha = site.alpha * (grown**0.5 if site.rslora else grown) if grown != 1 else site.alpha
-    return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora)
+    return Module(name, "linear" if name in place.heads else place.kind, factors, alpha, site.rslora, site.group)
 
 
-def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d: bool) -> None:
+def refuse(
+    target: str, places: Sequence[Placement], full: Sequence[str], conv1d: bool, replicated: bool = False
+) -> None:
     """Raises a `ValueError` listing everything that `target` cannot read, each with the reason."""
     if target not in TARGETS:
         raise ValueError(f"`target={target!r}` is unknown; use one of {', '.join(map(repr, TARGETS))}.")
+    _refuse_variants(places)
     if target == "peft":
         return
     reader = {"vllm": "vLLM", "gguf": "llama.cpp's convert_lora_to_gguf.py"}[target]
     problems = [f"{name}: {reader} takes no modules trained in full" for name in full]
+    if replicated:
+        problems.append(f"`layer_replication`: {reader} repeats no layers")
     for place in places:
         names = ", ".join(place.names)
+        if place.site.group > 1:
+            problems.append(f"{names}: {reader} does not read QALoRA")
+        if place.site.vectors:
+            problems.append(f"{names}: {reader} does not read {_VARIANTS[place.site.vectors[0]]}")
         if place.kind == "conv":
             problems.append(f"{names}: {reader} takes 2-D factors only, not those of a convolution")
         if place.kind == "parameter":
@@ -66,6 +78,21 @@ def refuse(target: str, places: Sequence[Placement], full: Sequence[str], conv1d
         )
     if problems:
         raise ValueError(f"this adapter cannot be exported for {target!r}:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _refuse_variants(places: Sequence[Placement]) -> None:
+    """Raises a `ValueError` for what is trained beside the factors where PEFT has no place for it."""
+    problems = []
+    for place in places:
+        what = "".join(_VARIANTS[name] for name in place.site.vectors)
+        if what and place.kind == "parameter":
+            problems.append(f"{place.names[0]}: PEFT has no {what} for raw parameters; name per-expert modules")
+        if place.site.dora and place.groups > 1:
+            problems.append(f"{place.names[0]}: PEFT's {what} knows no convolution in {place.groups} groups")
+        if what and place.heads:
+            problems.append(f"{place.names[0]}: with {what} PEFT's head, {place.heads[0]}, differs from the table")
+    if problems:
+        raise ValueError("this adapter cannot be saved for PEFT:\n" + "\n".join(f"  {p}" for p in problems))
 
 
 def bake(modules: Sequence[Module]) -> list[Module]:
@@ -90,6 +117,8 @@ def adapter_config(
     task_type: str | None,
     base_model_name_or_path: str | None,
     fan_in_fan_out: bool,
+    bias: str = "none",
+    tokens: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` that makes PEFT compute what these modules do.
 
@@ -104,7 +133,12 @@ def adapter_config(
     alpha = _usual(alphas.values(), config.alpha if config else None, 16)
     plain = [m.name for m in modules if m.kind != "parameter"]
     parameters = [m.name for m in modules if m.kind == "parameter"]
+    if problem := _misread(list(tokens or ()), list(tokens or ()), [*plain, *full, *(others or ())]):
+        raise ValueError(f"PEFT compares the ends of names: {problem.replace('modules_to_save', 'trained rows')}.")
     targets = sorted(plain) if others is None else shortest_names(plain, [*others, *full])
+    groups = {m.group for m in modules} or {1}
+    if len(groups) > 1:
+        raise ValueError(f"QALoRA's groups are of sizes {sorted(groups)}: PEFT has one for an adapter.")
     stated = LoRAConfig(
         rank=int(rank),
         alpha=alpha,
@@ -113,6 +147,13 @@ def adapter_config(
         alpha_pattern=_deviating({n: plain_number(a) for n, a in alphas.items()}, alpha),
         modules_to_save=_saved(full, config, [*plain, *(others or ())]),
         use_rslora=rslora,
+        use_qalora=max(groups) > 1,
+        qalora_group_size=max(groups),
+        use_dora=_on_all(modules, MAGNITUDE),
+        lora_bias=_on_all(modules, LORA_BIAS),
+        bias=bias,
+        trainable_token_indices=tokens,
+        layer_replication=config.layer_replication if config else None,
         dropout=config.dropout if config and not parameters else 0.0,  # PEFT refuses dropout on parameters
     )
     out = to_peft(
@@ -127,6 +168,17 @@ def adapter_config(
     if parameters:
         out["target_parameters"] = sorted(parameters)
     return out
+
+
+def _on_all(modules: Sequence[Module], vector: str) -> bool:
+    """Whether the modules have this vector. **Raises:** `ValueError` if only some do: PEFT has one setting for all."""
+    having = [m.name for m in modules if vector in m.factors.vectors]
+    if having and len(having) < len(modules):
+        without = next(m.name for m in modules if vector not in m.factors.vectors)
+        raise ValueError(
+            f"{_VARIANTS[vector]} is on for {having[0]} and not for {without}: PEFT has one setting for an adapter."
+        )
+    return bool(having)
 
 
 def shortest_names(names: Sequence[str], others: Sequence[str]) -> list[str] | str:

@@ -6,7 +6,7 @@ while here one table is both: the head gets a copy of its own, and a file withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -37,6 +37,12 @@ def full_tensors(adapter: Adapter, naming: Naming, tied: Mapping[str, str] | Non
     for entry in entries:
         out |= zip(entry.names, entry.layout.to_torch(entry.leaf.value, ops_of("numpy")), strict=True)
     return out | {alias: out[source] for alias, source in aliases.items()}
+
+
+def lone_biases(full: Iterable[str]) -> list[str]:
+    """The tensors of `full` that are biases trained without the rest of their module, as by PEFT's `bias`."""
+    names = set(full)
+    return [n for n in full if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in names]
 
 
 def check_whole(full: Sequence[str], others: Sequence[str]) -> None:

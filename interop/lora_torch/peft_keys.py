@@ -2,6 +2,9 @@
 
     <P>.lora_A.weight, <P>.lora_B.weight             linear, convolution
     <P>.lora_embedding_A, <P>.lora_embedding_B       embedding
+    <P>.lora_magnitude_vector[.weight]               DoRA: (out,), for a convolution (1, out, 1, …)
+    <P>.lora_B.bias                                  `lora_bias`: (out,)
+    <P>.base_layer.bias, <P>.bias                    `bias`: of an adapted module, of another
     <P>[.base_layer…].lora_A.weight, …               `target_parameters`; a module with several nests them
     <P>.weight, <P>.bias                             modules trained in full
 
@@ -12,9 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
+
 from .peft_tensors import Placement
 
 PREFIX = "base_model.model."
+
+# What is trained beside the factors: the leaf it is here, and the endings of its keys.
+VECTORS = {
+    # transformers 5 drops a magnitude without `.weight`, PEFT takes either, its older releases the bare one alone.
+    MAGNITUDE: (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    LORA_BIAS: (".lora_B.bias",),
+}
 
 # PEFT nests parameters of one module in the order in which the module registers them, the first innermost.
 # transformers' experts register them in this one.
@@ -46,6 +58,12 @@ def keys_of(
         for name in place.heads:
             out[name] = _pair(name)
     return out
+
+
+def vector_keys(key_a: str, vector: str) -> tuple[str, ...]:
+    """Keys of a vector beside the factor whose key is `key_a`, each of which holds the same tensor."""
+    module = key_a.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+    return tuple(module + ending for ending in VECTORS[vector])
 
 
 def _pair(module: str) -> tuple[str, str]:

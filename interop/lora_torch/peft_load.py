@@ -17,18 +17,19 @@ from lora_jax.adapters import Adapter
 from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
 from lora_jax.reference import SAME_PRODUCT
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, TOKENS, Site
 from lora_jax.tracing import flatten_params
 
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
 from .peft_full import match_aliases
-from .peft_keys import PARAMETER_ORDER, PREFIX, keys_of
+from .peft_keys import PARAMETER_ORDER, PREFIX, VECTORS, keys_of
 from .peft_names import Names, as_naming, full_entries, places, torch_path, with_stacks
 from .peft_read import AdapterFile, read_sorted
-from .peft_settings import scaling
+from .peft_settings import group_of, scaling
 from .peft_tensors import Factors, Joined, Placement, from_modules
 from .peft_tensors import tied as tied_factors
+from .peft_tokens import token_leaves
 from .problems import Problems
 from .resolve import Entry, resolve
 from .trees import Leaf
@@ -115,21 +116,34 @@ def read_sites(
     _fill_layers(file, placed, keys)
     _match_names(file, placed, keys, entries, tied or {})
     _check_bases(file, sites, naming, tied or {}, params)
+    group = group_of(file.config)
+    file.problems += [
+        f"`{site.name}`: the file's lora_A stands for {group} inputs each, the plan's for {site.group} (QALoRA)"
+        for site in sites
+        if site.is_low_rank and site.group != group
+    ]
     joined = {place.site.path: _join(file, place, keys) for place in placed}
+    rows = token_leaves(file, sites, naming)
     file.raise_if_any()
     whole = {entry.leaf.path: entry for entry in entries}
     new: list[Site] = []
     leaves: dict[tuple[str, ...], np.ndarray] = {}
     for site in sites:
-        if site.is_full:
+        if site.tokens:
+            new.append(site)
+            leaves[site.leaf_path(TOKENS)] = rows[site.leaf_path(TOKENS)]
+        elif site.is_full:
             entry = whole[torch_path(site)]
             new.append(site)
             pieces = [file.full[name] for name in entry.names]
             leaves[site.path] = entry.layout.from_torch(pieces, ops_of("numpy"))
         else:
             factors, alpha = joined[site.path]  # type: ignore[misc]  # no problems: all are there
-            new.append(replace(site, rank=factors.rank, alpha=alpha, rslora=bool(file.config.get("use_rslora"))))
-            leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = factors.a, factors.b
+            on = {field: bool(file.config.get(f"use_{field}")) for field in ("rslora", "dora")}
+            on["lora_bias"] = bool(file.config.get("lora_bias"))
+            new.append(replace(site, rank=factors.rank, alpha=alpha, **on))
+            named = {LORA_A: factors.a, LORA_B: factors.b, **factors.vectors}
+            leaves |= {site.leaf_path(name): value for name, value in named.items()}
     return tuple(new), leaves
 
 
@@ -141,11 +155,18 @@ def _fill_layers(file: AdapterFile, placed: Sequence[Placement], keys: Mapping[s
         if there is None or place.kind not in ("linear", "embedding"):
             continue
         for name, pair in pairs.items():
-            if pair is None and not is_target(file.config, name):
+            if pair is None and not is_target(file.config, name) and file.config.get("use_dora"):
+                file.problems.append(
+                    f"`{place.site.name}` stacks {name}, which is not adapted, with layers that are: with DoRA its "
+                    "magnitude would have to be the norm of its base, which the file does not hold"
+                )
+            elif pair is None and not is_target(file.config, name):
                 rank = (pattern_values(file.config.get("rank_pattern"), name) or [file.config.get("r", 8)])[0]
                 a, b = there["A"], there["B"]
                 zeros = {"A": np.zeros((rank, *a.shape[1:]), a.dtype), "B": np.zeros((b.shape[0], rank), b.dtype)}
                 file.pairs[_module(keys[name][0])] = zeros
+                if file.config.get("lora_bias"):
+                    file.extras.setdefault(_module(keys[name][0]), {})[LORA_BIAS] = np.zeros(b.shape[0], b.dtype)
                 if place.kind == "embedding":
                     file.embeddings.add(_module(keys[name][0]))
 
@@ -209,10 +230,16 @@ def _join(file: AdapterFile, place: Placement, keys: Mapping[str, tuple[str, str
             continue
         try:
             alphas[name], scale = scaling(file.config, name, rank)
-            modules[name] = Factors(a, b, scale, count)
+            vectors = {n: x for n, x in file.extras.get(module, {}).items() if n in VECTORS}
+            modules[name] = Factors(a, b, scale, count, vectors)
         except ValueError as error:
             file.problems.append(str(error))
     if set(modules) != set(_all(place)):
+        return None
+    if place.heads and any(factors.vectors for factors in modules.values()):
+        file.problems.append(
+            f"{place.names[0]} and {place.heads[0]} are one weight here; DoRA gives each a magnitude of its own side"
+        )
         return None
     for table, head in zip(place.names, place.heads, strict=False):
         other = tied_factors(modules[head])
@@ -282,9 +309,13 @@ def _check_bases(
 
 def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site]) -> None:
     for want, have in zip(planned, found, strict=True):
-        if want.is_full:
+        if not want.is_low_rank:
             continue
-        if want.rank != have.rank or not math.isclose(want.scale, have.scale, rel_tol=_SAME_ALPHA):
+        if (
+            want.vectors != have.vectors
+            or want.rank != have.rank
+            or not math.isclose(want.scale, have.scale, rel_tol=_SAME_ALPHA)
+        ):
             file.problems.append(
                 f"`{want.name}`: the file has {_settings(have)}, the plan {_settings(want)}. Make the plan with "
                 "`plan_peft`, or pass `plan.sites` for an adapter to merge"
@@ -293,7 +324,8 @@ def _must_agree(file: AdapterFile, planned: Sequence[Site], found: Sequence[Site
 
 
 def _settings(site: Site) -> str:
-    return f"rank {site.rank}, alpha {site.alpha:g}{' with rsLoRA' if site.rslora else ''}"
+    more = [name for name, on in (("rsLoRA", site.rslora), ("DoRA", site.dora), ("lora_bias", site.lora_bias)) if on]
+    return f"rank {site.rank}, alpha {site.alpha:g}{' with ' if more else ''}{' and '.join(more)}"
 
 
 def _as_jax(x: np.ndarray, dtype: np.dtype, name: str) -> Any:

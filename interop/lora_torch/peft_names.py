@@ -69,12 +69,20 @@ def place_each(sites: Sequence[Site], naming: Naming) -> dict[Path, Placement | 
     naming = with_stacks(sites, naming)
     out: dict[Path, Placement | str] = {}
     for site in sites:
-        if not site.is_full:
+        if site.is_low_rank:
             try:
                 out[site.path] = _place(site, naming)
             except ValueError as error:
                 out[site.path] = str(error)
     return out
+
+
+def place_table(site: Site, naming: Naming, sites: Sequence[Site]) -> Placement:
+    """Where a table goes whose rows are trained. **Raises:** `ValueError` if it has no one module."""
+    place = _place(site, with_stacks(sites, naming))
+    if place.kind != "embedding" or len(place.names) != 1:
+        raise ValueError(f"`{site.name}`: PEFT trains rows of embeddings only, and this is {', '.join(place.names)}.")
+    return place
 
 
 def full_entries(sites: Sequence[Site], naming: Naming, values: Mapping[tuple[str, ...], Any]) -> list[Entry]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from lora_jax.sites import Site
 from lora_jax.targets import ROUTERS
 
 from .naming import Naming
+from .peft_full import lone_biases
 from .peft_keys import PARAMETER_ORDER, PREFIX
 from .peft_load import read_sites, widen
 from .peft_names import Names, as_naming, place_each, with_stacks
 from .peft_read import AdapterFile, read_sorted
+from .peft_settings import group_of
 from .peft_tensors import Placement
+from .peft_tokens import planned_tokens
 
 
 def config_for(directory: str | Path) -> LoRAConfig:
@@ -35,7 +39,8 @@ def config_for(directory: str | Path) -> LoRAConfig:
     file = read_sorted(directory)
     file.raise_if_any()
     data = without_init(file.config)
-    modules = {name.rpartition(".")[0] for name in file.full if name not in file.strays}
+    beside = {*file.strays, *lone_biases(file.full)}
+    modules = {name.rpartition(".")[0] for name in file.full if name not in beside}
     kept = [e for e in data.get("modules_to_save") or () if any(_names(e, m) for m in modules)]
     data["modules_to_save"] = [*kept, *sorted(m for m in modules if not any(_names(e, m) for e in kept))]
     return from_peft(data)
@@ -71,7 +76,15 @@ def plan_peft(
     found = place_each(broad.sites, naming)
     chosen = [site for site in broad.sites if isinstance(p := found[site.path], Placement) and _in_file(file, p)]
     file.problems += _targeted_but_absent(file, [p for p in found.values() if isinstance(p, Placement)])
-    own = {site.path for site in chosen}
+    tokens = planned_tokens(file, found)
+    group = group_of(file.config)
+    chosen = [replace(site, group=group) for site in chosen if site.name not in tokens]
+    by_rows = [
+        replace(site, rank=len(rows), alpha=float(len(rows)), tokens=rows)
+        for site in broad.sites
+        if (rows := tokens.get(site.name))
+    ]
+    own = {site.path for site in (*chosen, *by_rows)}
     tables = {site.path for site in broad.sites if site.tied and site.op == "embedding"}
     naming = with_stacks(broad.sites, naming)
     full = [
@@ -86,10 +99,12 @@ def plan_peft(
             "`names=…`"
         )
         file.raise_if_any()
+    kept = {site.path for site in full}
+    partly = {row.path[:-1] for row in broad.rows if row.path not in kept}
     # Without `params`: the base weights beside an embedding's factors are `load_peft`'s to compare.
     file.bases.clear()
-    sites, _ = read_sites(file, [*chosen, *full], naming, tied, None, parameter_order)
-    adapted = [site for site in sites if not site.is_full]
+    sites, _ = read_sites(file, [*chosen, *by_rows, *full], naming, tied, None, parameter_order)
+    adapted = [site for site in sites if site.is_low_rank]
     rank, alpha = (Counter(getattr(s, x) for s in adapted).most_common(1)[0][0] for x in ("rank", "alpha"))
     config = LoRAConfig(
         rank=rank,
@@ -97,8 +112,15 @@ def plan_peft(
         target_modules="|".join(re.escape(site.name) for site in adapted),
         rank_pattern={f"^{re.escape(s.name)}": s.rank for s in adapted if s.rank != rank},
         alpha_pattern={f"^{re.escape(s.name)}": s.alpha for s in adapted if s.alpha != alpha},
-        modules_to_save=sorted({site.module for site in full}),
+        # PEFT trains a bias without the rest of its module: such a one by its own name.
+        modules_to_save=sorted({site.name if site.path[:-1] in partly else site.module for site in full}),
+        lora_bias=bool(file.config.get("lora_bias")),
+        use_qalora=group > 1,
+        qalora_group_size=group,
+        trainable_token_indices=tokens,
+        layer_replication=file.config.get("layer_replication"),
         use_rslora=bool(file.config.get("use_rslora")),
+        use_dora=bool(file.config.get("use_dora")),
         dropout=file.config.get("lora_dropout") or 0.0,
         dtype=dtype,
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_jax.peft_config import refused_fields, without_init
 from lora_jax.peft_matching import is_target, saved_modules
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
 
 from .arrays import convert, same_bits
 from .files import read_floats
@@ -25,17 +26,15 @@ from .peft_settings import read_config, scaling, unknown_settings
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
+# Called so, but these are the rows themselves.
+DELTA = "trainable_tokens_delta"
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 # Endings of methods on top of LoRA: what they are called here and by users, and the setting that switches them on.
 _EXTRAS = {
-    ".lora_magnitude_vector": ("lora_magnitude_vector", "DoRA", "use_dora"),
-    ".lora_magnitude_vector.weight": ("lora_magnitude_vector", "DoRA", "use_dora"),  # as some exporters spell it
-    ".lora_B.bias": ("lora_B.bias", "`lora_bias`", "lora_bias"),
-    ".token_adapter.trainable_tokens_delta": (
-        "trainable_tokens_delta",
-        "trainable tokens",
-        "trainable_token_indices",
-    ),
+    ".lora_magnitude_vector": (MAGNITUDE, "DoRA", "use_dora"),
+    ".lora_magnitude_vector.weight": (MAGNITUDE, "DoRA", "use_dora"),  # as transformers reads it
+    ".lora_B.bias": (LORA_BIAS, "`lora_bias`", "lora_bias"),
+    f".token_adapter.{DELTA}": (DELTA, "trainable tokens", "trainable_token_indices"),
 }
 # Endings that no LoRA file has.
 _FOREIGN = {".ia3_l": "IA3", "prompt_embeddings": "prompt learning"}
@@ -110,9 +109,8 @@ def _only_lora(file: AdapterFile) -> None:
     except ValueError as error:
         file.problems += [*refused_fields(file.config), str(error).removesuffix(".")]
     file.problems += unknown_settings(file.config)
-    names = {name: method for name, method, _ in _EXTRAS.values()}
-    for module, extras in file.extras.items():
-        file.problems += [f"{PREFIX}{module}.{n} belongs to {names[n]}, which is not implemented" for n in extras]
+    if file.config.get("use_dora") and file.config.get("lora_bias"):
+        file.problems.append("`use_dora` and `lora_bias` exclude each other")
 
 
 def _files(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -176,7 +174,7 @@ def _sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndar
     for module, pair in out.pairs.items():
         _check_pair(module, pair, out)
     for module, extras in out.extras.items():
-        if module not in out.pairs and (needy := sorted(extras.keys() - {"trainable_tokens_delta"})):
+        if module not in out.pairs and (needy := sorted(extras.keys() - {DELTA})):
             out.problems.append(f"{PREFIX}{module} has {', '.join(needy)} but no factors")
     for module in out.bases:
         if module not in out.pairs:
@@ -186,7 +184,10 @@ def _sort(directory: Path, config: dict[str, Any], tensors: Mapping[str, np.ndar
 
 def _extra(module: str, ending: str, value: np.ndarray, out: AdapterFile) -> None:
     name, method, setting = _EXTRAS[ending]
-    out.extras.setdefault(module, {})[name] = value
+    extras = out.extras.setdefault(module, {})
+    if name in extras and not same_bits(extras[name], value):
+        out.problems.append(f"{PREFIX}{module}{ending} is not the same as the {name} of another spelling")
+    extras[name] = value
     if not out.config.get(setting):
         out.problems.append(f"{PREFIX}{module}{ending} belongs to {method}, but the configuration has no `{setting}`")
 
@@ -194,6 +195,8 @@ def _extra(module: str, ending: str, value: np.ndarray, out: AdapterFile) -> Non
 def _whole_tensors(whole: Mapping[str, np.ndarray], out: AdapterFile) -> None:
     bias, entries = out.config.get("bias") or "none", tuple(saved_modules(out.config))
     for name, value in whole.items():
+        if bias == "all" and _repeats(name, value, whole):
+            continue
         module, _, parameter = name.rpartition(".")
         adapted = module.removesuffix(".base_layer")
         parts = module.split(".")
@@ -213,6 +216,15 @@ def _whole_tensors(whole: Mapping[str, np.ndarray], out: AdapterFile) -> None:
                 f"`modules_to_save` names {copied[0]} and {copied[1]} in it: PEFT trained two copies and stored one"
             )
     _tied_copies(out)
+
+
+def _repeats(name: str, value: np.ndarray, whole: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is a bias that PEFT stores again with `bias="all"`: of a copied module, and of what it copied."""
+    for inner in (".modules_to_save.bias", ".original_module.bias"):
+        copy = whole.get(f"{name.removesuffix(inner)}.bias")
+        if name.endswith(inner) and copy is not None:
+            return inner.startswith(".original") or same_bits(copy, value)
+    return False
 
 
 def _tied_copies(out: AdapterFile) -> None:
@@ -259,9 +271,11 @@ def _check_pair(module: str, pair: Mapping[str, np.ndarray], out: AdapterFile) -
 
 def _check_extras(module: str, b: np.ndarray, out: AdapterFile) -> None:
     extras = out.extras.get(module, {})
-    for name, setting in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):
+    for name, setting in ((MAGNITUDE, "use_dora"), (LORA_BIAS, "lora_bias")):
         if out.config.get(setting) and name not in extras:
             out.problems.append(f"{module} has no {name} although `{setting}` is true")
-    bias = extras.get("lora_B.bias")
-    if bias is not None and bias.shape != b.shape[:1]:
-        out.problems.append(f"{module}: lora_B.bias is {bias.shape}, but lora_B {b.shape}")
+    for name, value in extras.items():
+        if name == MAGNITUDE and b.ndim > 2 and value.shape[:1] == (1,) and value.ndim == b.ndim:
+            value = extras[name] = value.reshape(-1)  # (1, out, 1, …) of a convolution
+        if name != DELTA and value.shape != b.shape[:1]:
+            out.problems.append(f"{module}: {name} is {value.shape}, but lora_B {b.shape}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.config import BIASES, check_ranges
 from lora_jax.peft_config import check_is_lora, unknown_fields
 from lora_jax.peft_matching import bad_patterns, pattern_values
 
@@ -14,7 +15,7 @@ from .files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 # A string such as "false" would count as true.
-_FLAGS = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "use_qalora", "ensure_weight_tying", "fan_in_fan_out")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def _is_finite(value: float) -> bool:
 def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     problems = []
     numbers = [("r", config.get("r", 8)), ("lora_alpha", config.get("lora_alpha", 8))]
+    numbers.append(("qalora_group_size", config.get("qalora_group_size", 16)))
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key)
         if value is not None and not isinstance(value, dict):
@@ -65,7 +67,7 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
         else:
             numbers += [(f"{key}[{k!r}]", v) for k, v in (value or {}).items()]
     for name, value in numbers:
-        whole = name == "r" or name.startswith("rank")
+        whole = name in ("r", "qalora_group_size") or name.startswith("rank")
         fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not fits or not _is_finite(value) or (whole and value < 1):
             problems.append(f"`{name}` must be a {'positive whole' if whole else 'finite'} number, got {value!r}")
@@ -82,10 +84,26 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
     listed = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         problems.append(f"`layers_to_transform` must be whole numbers, got {layers!r}")
+    if (bias := config.get("bias") or "none") not in BIASES:
+        problems.append(f"`bias` must be one of {', '.join(BIASES)}, got {bias!r}")
+    try:
+        check_ranges(config.get("layer_replication"))
+    except ValueError as error:
+        problems.append(str(error).removesuffix("."))
+    rows = config.get("trainable_token_indices")
+    for listed in rows.values() if isinstance(rows, dict) else [[] if rows is None else rows]:
+        plain = isinstance(listed, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in listed)
+        if not plain or min(listed, default=0) < 0:
+            problems.append(f"`trainable_token_indices` must be lists of whole numbers, 0 or more, got {listed!r}")
     if not problems:
         problems = bad_patterns(config)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
+
+
+def group_of(config: Mapping[str, Any]) -> int:
+    """How many inputs one row of lora_A stands for: QALoRA's group size, else 1."""
+    return config.get("qalora_group_size", 16) if config.get("use_qalora") else 1
 
 
 def scaling(config: Mapping[str, Any], name: str, rank: int) -> tuple[float, float]:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lora_jax.sites import Atom, Site
+from lora_jax.sites import LORA_BIAS, Atom, Site
 
 RANK = "rank"
 Axis = Atom | str
@@ -63,7 +63,7 @@ class Placement:
         sizes = tuple(atom.size for atom in self.inner)
         if self.kind == "conv":
             return (sizes[0] * self.groups, *sizes[1:])
-        return (math.prod(sizes),)
+        return (math.prod(sizes) // self.site.group,)
 
     @property
     def out_size(self) -> int:
@@ -72,35 +72,47 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """PEFT's factors of one module and `scale`, which multiplies their product."""
+    """PEFT's factors of one module and `scale`, which multiplies their product.
+
+    `vectors`: what is trained beside them, one number for each output, by the name of its leaf here.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     experts: int = 1
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         return self.a.shape[0] // self.experts
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return (self.a, self.b, *self.vectors.values())
 
-def to_modules(place: Placement, a: np.ndarray, b: np.ndarray) -> dict[str, Factors]:
+
+def to_modules(
+    place: Placement, a: np.ndarray, b: np.ndarray, vectors: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Factors]:
     """The factors of every module of one site in the dtypes given; views where that is possible."""
     site = place.site
+    vector_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("o"))
     a_axes: tuple[Axis, ...] = (*site.atoms_of("l"), *site.atoms_of("i"), RANK)
     b_axes: tuple[Axis, ...] = (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     out: dict[str, Factors] = {}
     for name, index in zip(place.names, np.ndindex(*(atom.size for atom in place.split)), strict=True):
         at = dict(zip(place.split, index, strict=True))
-        down = _take(a, a_axes, at, (*place.experts, RANK, *place.inner))
-        up = _take(b, b_axes, at, (*place.outer, RANK, *place.experts))
+        down = take(a, a_axes, at, (*place.experts, RANK, *place.inner))
+        up = take(b, b_axes, at, (*place.outer, RANK, *place.experts))
         if place.kind == "conv":
             factors = _conv_out(down, up.reshape(place.out_size, site.rank), place.groups, site.scale)
         else:
             count = math.prod(atom.size for atom in place.experts)
             rows, columns = count * site.rank, math.prod(place.a_rest)
             factors = Factors(down.reshape(rows, columns), up.reshape(place.out_size, rows), site.scale, count)
-        out[name] = factors
+        own = {n: take(v, vector_axes, at, place.outer).reshape(-1) for n, v in (vectors or {}).items()}
+        out[name] = replace(factors, vectors=own)
     return out
 
 
@@ -123,12 +135,13 @@ def tied(factors: Factors) -> Factors:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Our factors of one site: arrays of `site.a_shape`, `site.b_shape` at rank `rank`."""
+    """Our factors of one site: arrays of `site.a_shape`, `site.b_shape` at rank `rank`; of `site.vector_shape`."""
 
     a: np.ndarray
     b: np.ndarray
     rank: int
     scale: float
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
@@ -159,11 +172,29 @@ def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
     a = a.reshape(*sizes, *a.shape[1:])
     inner_shape = b.shape[1 : 1 + len(place.experts) + 1]
     b = b.reshape(*sizes, *inner_shape, *(x.size for x in fused), *(x.size for x in place.outer))
-    a = _take(a, (*lead, *place.experts, *place.inner, RANK), {}, (*site.atoms_of("l"), *site.atoms_of("i"), RANK))
-    b = _take(
+    a = take(a, (*lead, *place.experts, *place.inner, RANK), {}, (*site.atoms_of("l"), *site.atoms_of("i"), RANK))
+    b = take(
         b, (*lead, *place.experts, RANK, *fused, *place.outer), {}, (*site.atoms_of("l"), RANK, *site.atoms_of("o"))
     )
-    return Joined(a, b, rank, scale)
+    return Joined(a, b, rank, scale, _join_vectors(place, modules, scale))
+
+
+def _join_vectors(place: Placement, modules: Mapping[str, Factors], scale: float) -> dict[str, np.ndarray]:
+    """The vectors of all modules as arrays of `site.vector_shape`."""
+    out = {}
+    for vector in modules[place.names[0]].vectors:
+        values = [modules[name].vectors[vector] for name in place.names]
+        if vector == LORA_BIAS:  # which the scale multiplies as it does B
+            scales = [modules[name].scale for name in place.names]
+            values = [
+                v if s == scale else fold(v, s / scale, n) for v, s, n in zip(values, scales, place.names, strict=True)
+            ]
+        sizes = [atom.size for atom in (*place.split, *place.outer)]
+        whole = np.stack(values).reshape(sizes)
+        out[vector] = take(
+            whole, (*place.split, *place.outer), {}, (*place.site.atoms_of("l"), *place.site.atoms_of("o"))
+        )
+    return out
 
 
 def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -172,6 +203,7 @@ def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[
     if found.scale != scale:
         b = fold(b, found.scale / scale, name)
     counts, inner = [x.size for x in place.experts], [x.size for x in place.inner]
+    inner = inner if place.site.group == 1 else [*place.a_rest]
     if place.kind == "conv":
         a, b = _conv_in(a, b.reshape(b.shape[:2]), place.groups, name)
     rank = a.shape[0] // math.prod(counts)
@@ -231,7 +263,7 @@ def _conv_in(a: np.ndarray, b: np.ndarray, groups: int, name: str) -> tuple[np.n
     return own.reshape(rank, channels // groups, *window), wide.reshape(b.shape[0], rank)
 
 
-def _take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> np.ndarray:
+def take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: Sequence[Axis]) -> np.ndarray:
     """`array` with the axes in `at` indexed away and the others in `order`."""
     rest = [axis for axis in axes if axis not in at]
     kept = array[tuple(at.get(axis, slice(None)) for axis in axes)]

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax import products
+from lora_jax.sites import LORA_BIAS, MAGNITUDE
 from lora_torch.peft_read import AdapterFile, read_described
 from lora_torch.peft_settings import scaling
-
-BIAS = "lora_B.bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +19,8 @@ class LowRank:
     """The factors of one module, as stored: torch's orientation, float32.
 
     `a` is (r, in), (r, in, *window) for a convolution or (r, vocabulary) for an embedding; `b` is (out, r),
-    (out, r / groups, 1, ...) or (features, r). `kind` is "linear", "conv" or "embedding".
+    (out, r / groups, 1, ...) or (features, r). `kind` is "linear", "conv" or "embedding". `bias` (lora_bias) and
+    `magnitude` (DoRA) are (out,).
     """
 
     kind: str
@@ -29,6 +29,7 @@ class LowRank:
     alpha: float
     scaling: float
     bias: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -66,7 +67,7 @@ class Adapter:
     modules: dict[str, LowRank]
     # Full values of base tensors, by tensor name: modules_to_save, trained biases, saved embeddings.
     replaced: dict[str, np.ndarray]
-    # DoRA magnitudes and trained token rows, by name: shown and compared, not merged.
+    # DoRA magnitudes and trained token rows, by name: shown and compared. Rows are not merged.
     others: dict[str, np.ndarray]
 
 
@@ -88,7 +89,7 @@ def read_adapter(directory: Path | str) -> Adapter:
     modules = {module: _low_rank(module, file) for module in file.pairs}
     # A targeted embedding or head is saved along with its factors.
     saved = {f"{module}.weight": value for module, value in file.bases.items()} | file.full
-    others = {f"{m}.{name}": x for m, extras in file.extras.items() for name, x in extras.items() if name != BIAS}
+    others = {f"{m}.{name}": x for m, extras in file.extras.items() for name, x in extras.items() if name != LORA_BIAS}
     replaced, others = ({name: _float32(x) for name, x in found.items()} for found in (saved, others))
     return Adapter(file.directory, config, modules, replaced, others)
 
@@ -97,8 +98,9 @@ def _low_rank(module: str, file: AdapterFile) -> LowRank:
     a, b = (_float32(file.pairs[module][part]) for part in "AB")
     kind = "embedding" if module in file.embeddings else "conv" if a.ndim > 2 else "linear"
     alpha, scale = scaling(file.config, module, a.shape[0])
-    bias = file.extras.get(module, {}).get(BIAS)
-    return LowRank(kind, a, b, alpha, scale, None if bias is None else _float32(bias))
+    extras = file.extras.get(module, {})
+    bias, magnitude = (None if (x := extras.get(name)) is None else _float32(x) for name in (LORA_BIAS, MAGNITUDE))
+    return LowRank(kind, a, b, alpha, scale, bias, magnitude)
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ class Change(NamedTuple):
 class Edit:
     """A change that was checked against its tensor, which it sees as (rows, columns).
 
-    new = (full or base) + scale * left @ right + added
+    new = (full or base) + scale * left @ right + added, with DoRA times magnitude / its norm
     """
 
     full: np.ndarray | None = None
@@ -40,6 +40,8 @@ class Edit:
     right: np.ndarray | None = None  # (r, columns) float32
     scale: float = 0.0
     added: np.ndarray | None = None
+    magnitude: np.ndarray | None = None  # float32, one for each row, or for each column if `of_columns`
+    of_columns: bool = False
 
     def apply(self, base: np.ndarray) -> tuple[np.ndarray, float, float]:
         """Computes in float32 (float64 for a float64 base) and rounds once, to the base's dtype.
@@ -55,11 +57,18 @@ class Edit:
         new, old, start = (x.reshape(rows, -1) for x in (out, base, base if self.full is None else self.full))
         exact = np.float64 if base.dtype == np.float64 else np.float32
         change = loss = 0.0
+        squares = np.zeros(old.shape[1], np.float64)
+        if self.magnitude is not None and self.of_columns:
+            for i in range(0, rows, ROWS):
+                squares += np.square(self._sum(start, slice(i, i + ROWS), exact), dtype=np.float64).sum(axis=0)
         for i in range(0, rows, ROWS):
             at = slice(i, i + ROWS)
-            block = start[at].astype(exact)
-            if self.left is not None and self.right is not None:
-                block += exact(self.scale) * (self.left[at].astype(exact) @ self.right.astype(exact))
+            block = self._sum(start, at, exact)
+            if self.magnitude is not None and self.of_columns:
+                block *= _over(self.magnitude, squares).astype(exact)
+            elif self.magnitude is not None:
+                own = np.square(block, dtype=np.float64).sum(axis=1)
+                block *= _over(self.magnitude[at], own).astype(exact)[:, None]
             if self.added is not None:
                 block += self.added.reshape(rows, -1)[at].astype(exact)
             with np.errstate(over="ignore", invalid="ignore"):  # reported below
@@ -70,6 +79,17 @@ class Edit:
             change += _squared(block - old[at].astype(exact))
             loss += _squared(block - rounded)
         return out, change, loss
+
+    def _sum(self, start: np.ndarray, at: slice, exact: type) -> np.ndarray:
+        block = start[at].astype(exact)
+        if self.left is not None and self.right is not None:
+            block += exact(self.scale) * (self.left[at].astype(exact) @ self.right.astype(exact))
+        return block
+
+
+def _over(magnitude: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """`magnitude / sqrt(squares)`; 1 where there is nothing to give a length to, as in the library."""
+    return np.where(squares == 0, 1.0, magnitude / np.sqrt(np.where(squares == 0, 1.0, squares)))
 
 
 def _squared(x: np.ndarray) -> float:
@@ -159,10 +179,12 @@ def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: C
         raise ValueError(
             f"{name} is {entry.shape} in the base, but A {factors.a.shape} and B {factors.b.shape} make {made}"
         )
+    if factors.magnitude is not None and factors.magnitude.shape != factors.b.shape[:1]:
+        raise ValueError(f"{name}: the magnitude is {factors.magnitude.shape}, but B {factors.b.shape}")
     left, right = factors.b.reshape(len(factors.b), -1), factors.a.reshape(len(factors.a), -1)
     if flipped:
         left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
-    return Edit(full, left, right, factors.scaling, added)
+    return Edit(full, left, right, factors.scaling, added, factors.magnitude, of_columns=flipped)
 
 
 def _is_flipped(

@@ -149,6 +149,8 @@ def _same_update(embedding: LowRank | None, head: LowRank | None) -> bool:
     """Whether s B A of the embedding, (features, words), is the transpose of the head's, (words, features)."""
     if embedding is None or head is None:
         return embedding is head
+    if embedding.magnitude is not None or head.magnitude is not None:
+        return False  # DoRA's norms are of the embedding's columns, and of the head's rows
     (b1, a1), (b2, a2) = embedding.matrices(), head.matrices()
     if b1.shape[0] != a2.shape[1] or a1.shape[1] != b2.shape[0]:
         return False

@@ -15,7 +15,7 @@ from lora_jax.cli._edits import CONV1D_MODELS, CONV1D_MODULES
 from lora_jax.cli._kernels import kernel_order, kernel_site, say_fan_in_fan_out
 from lora_jax.cli._show import console, listed
 from lora_jax.peft_matching import is_target
-from lora_jax.selection import Row
+from lora_jax.rows import Row
 from lora_torch.hf_checkpoint import Checkpoint, open_checkpoint
 
 

@@ -12,22 +12,31 @@ import jax.numpy as jnp
 
 from lora_jax import tracing
 from lora_jax.adapters import Adapter, expected_leaves
+from lora_jax.algebra import as_factors
 from lora_jax.functional import check_params
-from lora_jax.inits.matrices import as_factors, as_matrices
+from lora_jax.initialisers import init_bias
+from lora_jax.inits.matrices import as_matrices
 from lora_jax.interpret import site_key
 from lora_jax.merging import unmerge
 from lora_jax.planning import Plan
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, Site
+from lora_jax.weights.norms import norms
 
 Path = tuple[str, ...]
 Pair = tuple[jax.Array, jax.Array]
 
 
 def low_rank(plan: Plan) -> tuple[Site, ...]:
-    """The plan's sites that have factors. **Raises** `ValueError` if there is none."""
-    if sites := tuple(site for site in plan.sites if not site.is_full):
-        return sites
-    raise ValueError("the plan adapts nothing by factors: there is nothing to initialise.")
+    """The plan's sites that have factors. **Raises** `ValueError` for none, or if A has rows for groups of inputs."""
+    sites = tuple(site for site in plan.sites if site.is_low_rank)
+    if not sites:
+        raise ValueError("the plan adapts nothing by factors: there is nothing to initialise.")
+    if grouped := [f"`{site.name}`" for site in sites if site.group > 1]:
+        raise ValueError(
+            f"{', '.join(grouped[:3])}: with `use_qalora` A has one row for several inputs, which no decomposition of "
+            "a weight fits; use `plan.init`."
+        )
+    return sites
 
 
 def weights_of(plan: Plan, params: Any) -> dict[Path, Any]:
@@ -71,26 +80,42 @@ def _factorised(
 
 
 def adapter_of(
-    plan: Plan, params: Any, pairs: Mapping[Path, Pair], sites: Mapping[Path, Site] | None = None
+    plan: Plan,
+    params: Any,
+    pairs: Mapping[Path, Pair],
+    sites: Mapping[Path, Site] | None = None,
+    bases: Mapping[Path, Any] | None = None,
 ) -> Adapter:
-    """A new adapter of the plan with these factors, and copies of what is trained in full.
+    """A new adapter of the plan with these factors; what else it trains starts as `plan.init` has it.
 
-    **Arguments:** `sites`: replace the plan's, where a rank or an alpha changed.
+    **Arguments:**
+
+    - `sites`: replace the plan's, where a rank or an alpha changed.
+    - `bases`: the weights that the factors are added to, for DoRA's magnitudes, which are the norms of the sum. Without
+      them that sum is the weight in `params`.
     """
-    full = tuple(site for site in plan.sites if site.is_full)
-    copies = dataclasses.replace(plan, sites=full).init(jax.random.key(0), params)
-    leaves = {site.path: copies.leaf(site.path) for site in full}
+    rest = tuple(site for site in plan.sites if not site.is_low_rank)
+    others = dataclasses.replace(plan, sites=rest).init(jax.random.key(0), params)
+    leaves = {path: others.leaf(path) for path in expected_leaves(rest)}
+    weights = weights_of(plan, params)
     out = tuple((sites or {}).get(site.path, site) for site in plan.sites)
     for site in out:
-        if not site.is_full:
-            leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = pairs[site.path]
+        if not site.is_low_rank:
+            continue
+        a, b = leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = pairs[site.path]
+        if site.dora:
+            w, a = (weights[site.path], jnp.zeros_like(a)) if bases is None else (bases[site.path], a)
+            leaves[site.leaf_path(MAGNITUDE)] = norms(site, w, a, b).astype(b.dtype)
+        if site.lora_bias:
+            leaves[site.leaf_path(LORA_BIAS)] = init_bias(site, jax.random.key(0), "kaiming", str(b.dtype))
     _refuse_not_finite(out, pairs)
     return Adapter.from_leaves(leaves, out)
 
 
 def without(params: Any, adapter: Adapter) -> Any:
     """`params` with W - s·A·B for every adapted W, so that the adapted model starts as the base was."""
-    sites = tuple(site for site in adapter.sites if not site.is_full)
+    # Its factors alone: the magnitudes of DoRA and the biases start without effect.
+    sites = tuple(dataclasses.replace(site, dora=False, lora_bias=False) for site in adapter.sites if site.is_low_rank)
     leaves = {path: adapter.leaf(path) for path in expected_leaves(sites)}
     return unmerge(params, Adapter.from_leaves(leaves, sites))
 

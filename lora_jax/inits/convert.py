@@ -43,7 +43,7 @@ def to_original(adapter: Adapter, initial: Adapter, params: Any, new_params: Any
     problems = [
         f"`{site.name}` (up to {worst:.2g} times the rounding of {site.dtype})"
         for site in adapter.sites
-        if not site.is_full and (worst := _excess(site, initial, originals, changed)) > 1
+        if site.is_low_rank and (worst := _excess(site, initial, originals, changed)) > 1
     ]
     if problems:
         raise ValueError(
@@ -53,10 +53,15 @@ def to_original(adapter: Adapter, initial: Adapter, params: Any, new_params: Any
             "base was quantised (LoftQ) or trained, no adapter for the original is exact: export `new_params` with the "
             "adapter. Else pass the trees that went into the initialiser and came out of it."
         )
+    return difference(adapter, initial)
+
+
+def difference(adapter: Adapter, initial: Adapter) -> Adapter:
+    """The adapter of rank 2r for s·A·B - s·A₀·B₀; what else `adapter` trains is its own."""
     leaves = {path: adapter.leaf(path) for path in expected_leaves(adapter.sites)}
     sites = []
     for site in adapter.sites:
-        if not site.is_full:
+        if site.is_low_rank:
             (a, b), (a0, b0) = adapter.factors(site), initial.factors(site)
             leaves[site.leaf_path(LORA_A)] = jnp.concatenate([a, a0], axis=-1)
             leaves[site.leaf_path(LORA_B)] = jnp.concatenate([b, -b0], axis=len(site.sizes_of("l")))

@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters import Adapter
-from lora_jax.inits import svd
+from lora_jax.algebra import as_factors, first, randomised_svd
 from lora_jax.inits.assemble import Pair, adapter_of, low_rank
 from lora_jax.inits.collect import ROWS, check_seen, collect, last
-from lora_jax.inits.matrices import as_factors
 from lora_jax.planning import Plan
 from lora_jax.recording import State
 from lora_jax.sites import Site
 
-# Random vectors for each component that is kept, and power iterations; as PEFT.
-COLUMNS, ITERATIONS = 2, 4
+# Power iterations; twice as many random vectors as components, as PEFT.
+ITERATIONS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,10 @@ class Components:
         every = jnp.concatenate([state["values"], centred.astype(mean.dtype), between[None]])
         # The random vectors only have to be independent of the data.
         with jax.default_matmul_precision("highest"):
-            _, s, vh = svd.randomised(jax.random.key(0), every, components, COLUMNS * components, ITERATIONS)
-        values = jnp.zeros_like(state["values"]).at[: len(s)].set((s[:, None] * vh).astype(state["values"].dtype))
+            found = randomised_svd(every, components, jax.random.key(0), ITERATIONS, components)
+        _, s, vh = first(components, *found)
         return {
-            "values": values,
+            "values": (s[:, None] * vh).astype(state["values"].dtype),
             "mean": state["mean"] + (mean - state["mean"]) * new / total,
             "squares": state["squares"] + (centred**2).sum() + (between**2).sum(),
             ROWS: old + new,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax import tracing
 from lora_jax.adapters import Adapter
-from lora_jax.inits import svd
+from lora_jax.algebra import first, randomised_svd
 from lora_jax.inits.assemble import Pair, adapter_of, check_ranks, factorised, low_rank, weights_of, without
 from lora_jax.inits.batches import arguments
 from lora_jax.inits.matrices import as_matrices
@@ -20,8 +20,8 @@ from lora_jax.sites import Site
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit", "paper")
-# Power iterations, and random vectors for each direction that is kept; as PEFT.
-ITERATIONS, COLUMNS = 4, 4
+# Power iterations, and random vectors beyond those that are kept, in ranks; as PEFT.
+ITERATIONS, OVERSAMPLING = 4, 2
 
 
 def lora_ga(
@@ -125,7 +125,8 @@ def _along_gradient(
 ) -> Pair:
     own_key, shuffle = jax.random.split(key)
     # The gradient of Wᵀ is U·S·Vh: here the left vectors are those of the input.
-    v, s, uh = svd.randomised(own_key, g, 2 * site.rank, COLUMNS * site.rank, ITERATIONS)
+    found = randomised_svd(g, 2 * site.rank, own_key, ITERATIONS, OVERSAMPLING * site.rank)
+    v, s, uh = first(2 * site.rank, *found)
     for_a, for_b = _chosen(direction, site.rank, shuffle)
     values = s[..., for_b]
     a, b = v[..., for_a], uh[..., for_b, :]
@@ -136,6 +137,7 @@ def _along_gradient(
     if scale == "gd_scale":
         return a / site.scale, b / site.scale
     if scale == "weight_svd":
-        norm, first = svd.leading(as_matrices(site, weight), 1)[1], values[..., :1]
-        return a, b * (norm / jnp.where(first == 0, norm, first))[..., None]
+        norm = jnp.linalg.norm(as_matrices(site, weight), 2, (-2, -1))[..., None, None]
+        largest = values[..., :1, None]
+        return a, b * (norm / jnp.where(largest == 0, norm, largest))
     return a, b * by if scale == "stable" else b

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from lora_jax import _compat, tracing
 from lora_jax.adapters import Adapter
-from lora_jax.inits import svd
+from lora_jax.algebra import as_factors, first
 from lora_jax.inits.assemble import Pair, adapter_of, balanced, check_ranks, low_rank, weights_of
-from lora_jax.inits.matrices import as_factors, as_matrices, as_parameter
+from lora_jax.inits.matrices import as_matrices, as_parameter
 from lora_jax.merging import refuse_shared
 from lora_jax.planning import Plan
 from lora_jax.quant import dequantise, quantise, round_trip_int8
@@ -66,7 +66,7 @@ def loftq(
             round_trip=round_trip,
         )  # fmt: skip
         pairs[site.path] = pair[0], pair[1]
-    adapter = adapter_of(plan, params, pairs)
+    adapter = adapter_of(plan, params, pairs, bases=bases)
     paths, leaves, tree = tracing.flatten_params(params)
     refuse_shared(paths, leaves, adapter)
     return adapter, jax.tree.unflatten(tree, [bases.get(p, x) for p, x in zip(paths, leaves, strict=True)])
@@ -103,7 +103,7 @@ def _alternate(
     with jax.default_matmul_precision("highest"):
         while True:
             base = quantised(target)
-            u, s, vh = svd.leading(m - base, site.rank)
+            u, s, vh = first(site.rank, *jnp.linalg.svd(m - base, full_matrices=False))
             if (iterations := iterations - 1) == 0:
                 a, b = as_factors(site, *balanced(site, u, s, vh), dtype)
                 return _compat.laid_out_as(as_parameter(site, base).astype(site.dtype), w), a, b

@@ -1,4 +1,4 @@
-"""Every adapted parameter as a stack of matrices, and factors of those as the parameter's own."""
+"""Every adapted parameter as a stack of matrices; `lora_jax.algebra` has their factors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,3 @@ def as_parameter(site: Site, matrices: jax.Array) -> jax.Array:
     order = [n for role in "lio" for n, letter in enumerate(site.roles) if letter == role]
     split = matrices.reshape([site.atoms[n].size for n in order])
     return split.transpose([order.index(n) for n in range(len(order))]).reshape(site.shape)
-
-
-def as_factors(site: Site, a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """`(lora_A, lora_B)` from `(lead, in, rank)` and `(lead, rank, out)`."""
-    return a.reshape(site.a_shape).astype(dtype), b.reshape(site.b_shape).astype(dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters import Adapter
-from lora_jax.inits import svd
+from lora_jax.algebra import first, randomised_svd
 from lora_jax.inits.assemble import Pair, adapter_of, balanced, check_ranks, factorised, weights_of, without
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
@@ -62,8 +62,10 @@ def olora(plan: Plan, params: Any) -> tuple[Adapter, Any]:
 
 def _principal(site: Site, m: jax.Array, key: jax.Array, _: None, *, iterations: int | None) -> Pair:
     if iterations is None:
-        return balanced(site, *svd.leading(m, site.rank))
-    return balanced(site, *svd.randomised(key, m, site.rank, site.rank + OVERSAMPLING, iterations))
+        found = jnp.linalg.svd(m, full_matrices=False)
+    else:
+        found = randomised_svd(m, site.rank, key, iterations, OVERSAMPLING)
+    return balanced(site, *first(site.rank, *found))
 
 
 def _orthonormal(site: Site, m: jax.Array, key: jax.Array, _: None) -> Pair:

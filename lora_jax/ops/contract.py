@@ -52,7 +52,7 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=preferred_element_type,
-        out_sharding=_reordered(out_sharding, out_axes, got),
+        out_sharding=reordered_sharding(out_sharding, out_axes, got),
     )
     return reorder(result, got, out_axes)
 
@@ -62,8 +62,15 @@ def reorder(x: jax.Array, axes: Sequence[Hashable], to: Sequence[Hashable]) -> j
     return x if tuple(axes) == tuple(to) else lax.transpose(x, _positions(axes, to))
 
 
-def _reordered(sharding: Any, axes: Axes, to: Axes) -> Any:
-    """The sharding of an array of axes `axes` for its transpose of axes `to`."""
+def spread(x: jax.Array, axes: Sequence[Hashable], over: Sequence[Hashable]) -> jax.Array:
+    """`x` with an axis for each name of `over`, of length one where it has none: ready to broadcast."""
+    order = [name for name in over if name in axes]
+    x = reorder(x, axes, order)
+    return x.reshape([x.shape[order.index(name)] if name in order else 1 for name in over])
+
+
+def reordered_sharding(sharding: Any, axes: Axes, to: Axes) -> Any:
+    """The sharding of an array of axes `axes` for one of axes `to`: of axes it lacks, none is split."""
     if sharding is None:
         return None
     spec = dict(zip(axes, sharding.spec, strict=False))

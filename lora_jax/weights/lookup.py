@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from lora_jax import _compat
 from lora_jax.sites import Atom
 from lora_jax.weights.virtual import Dims, Virtual
 
@@ -56,6 +57,26 @@ def take_from_factor(array: jax.Array, picks: Picks, indices: jax.Array, eqn: An
     return lax.gather(
         array, lax.concatenate(columns, batch), numbers, sizes,
         mode=eqn.params["mode"], fill_value=0,
+    )  # fmt: skip
+
+
+def picked(w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> Virtual:
+    """The view after a gather picked positions on some axes, of the base and of every factor that carries one."""
+    column = {w.dims[d][0]: c for d, c in picks.items()}
+    batch = batch_atoms(min(column), eqn)
+    factors, axes = dict(w.factors), []
+    for name, _ in w.axes:
+        array, names = w.live_factor(name)
+        mine = {names.index(atom): c for atom, c in column.items() if atom in names}
+        if mine:
+            array = take_from_factor(array, mine, indices, eqn)
+            names = (*batch, *(n for n in names if n not in column))
+        factors[name] = array
+        axes.append((name, names))
+    gone = tuple((atom, "pick") for atom in column)
+    return w.replace(
+        base=_compat.bind(eqn, [w.base, indices])[0], factors=factors, axes=tuple(axes),
+        dims=rest_of_gather(w, picks, eqn, batch), dropped=(*w.dropped, *gone),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lora_jax.ops.dropout import drop, rescaling
 from lora_jax.ops.low_rank import low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
-from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather, take_from_factor
+from lora_jax.weights.lookup import Picks, picked
 from lora_jax.weights.virtual import DotGeneral, Virtual
 
 RANK = "rank"
@@ -50,6 +50,10 @@ class Lora:
 
     def materialise(self, w: Virtual) -> jax.Array:
         """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
+        return self.summed(w).astype(w.base.dtype)
+
+    def summed(self, w: Virtual) -> jax.Array:
+        """The dense weight in float32 (float64 for float64)."""
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
         wide = jnp.promote_types(w.base.dtype, jnp.float32)
         own = tuple(atom for atom in w.visible if not atom.is_repeat)
@@ -57,9 +61,7 @@ class Lora:
         if own != w.visible:
             once = tuple(1 if atom.is_repeat else w.size(atom) for atom in w.visible)
             delta = jnp.broadcast_to(delta.reshape(once), tuple(map(w.size, w.visible)))
-        return (
-            w.base.astype(wide) + self.site.scale * _compat.laid_out_as(delta.reshape(w.base.shape), w.base)
-        ).astype(w.base.dtype)
+        return w.base.astype(wide) + self.site.scale * _compat.laid_out_as(delta.reshape(w.base.shape), w.base)
 
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
         if dot.needs_array or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
@@ -76,10 +78,10 @@ class Lora:
             out_sharding=dot.out_sharding,
         )  # fmt: skip
         y = low_rank_contract(
-            spec, _shaped(x, dot.split_x), _shaped(w.base, dot.split_w), first[0], second[0],
+            spec, shaped(x, dot.split_x), shaped(w.base, dot.split_w), first[0], second[0],
             self.site.scale, key, self.implementation, self.name,
         )  # fmt: skip
-        return _shaped(y, dot.out_shape)
+        return shaped(y, dot.out_shape)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
@@ -115,30 +117,10 @@ class Lora:
     def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array | Virtual:
         """Rows of an embedding table, or whole matrices of a stack chosen by index."""
         only_xla("a lookup", None, self.name)
-        base = _compat.bind(eqn, [w.base, indices])[0]
-        column = {w.dims[d][0]: c for d, c in picks.items()}
-        batch = batch_atoms(min(column), eqn)
-        rest = rest_of_gather(w, picks, eqn, batch)
-        factors, axes = {}, {}
-        for name in ("a", "b"):
-            array, names = w.live_factor(name)
-            mine = {names.index(atom): c for atom, c in column.items() if atom in names}
-            if mine:
-                array = take_from_factor(array, mine, indices, eqn)
-                names = (*batch, *(n for n in names if n not in column))
-            factors[name], axes[name] = array, names
-        if all(len(w.carriers(atom)) == 2 for atom in column):
-            # A stack: the chosen matrices are still a low-rank weight.
-            gone = tuple((atom, "pick") for atom in column)
-            return w.replace(
-                base=base, factors=factors, dims=rest, axes=tuple(axes.items()), dropped=(*w.dropped, *gone)
-            )
-        wide = jnp.promote_types(base.dtype, jnp.float32)
-        delta = contract(
-            factors["a"].astype(wide), axes["a"], factors["b"].astype(wide), axes["b"],
-            tuple(atom for dim in rest for atom in dim),
-        ).reshape(base.shape)  # fmt: skip
-        return base + (self.site.scale * _compat.laid_out_as(delta, base)).astype(base.dtype)
+        view = picked(w, picks, indices, eqn)
+        # Of a stack, the chosen matrices are still a low-rank weight; rows of a table are data.
+        is_stack = all({"a", "b"} <= {*w.carriers(w.dims[d][0])} for d in picks)
+        return view if is_stack else view.kind.materialise(view)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""
@@ -156,7 +138,7 @@ class Lora:
         return outs
 
 
-def _shaped(x: Any, shape: tuple[int, ...]) -> Any:
+def shaped(x: Any, shape: tuple[int, ...]) -> Any:
     """`x.reshape(shape)`, which would trace a function even where there is nothing to do."""
     return x if x.shape == shape else x.reshape(shape)
 

@@ -21,7 +21,7 @@ from lora_jax import _compat
 from lora_jax.ops.contract import reorder
 from lora_jax.recording import Recorder
 from lora_jax.sites import Site
-from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather, take_from_factor
+from lora_jax.weights.lookup import Picks, picked
 from lora_jax.weights.virtual import DotGeneral, Virtual
 
 LAYER, PLACE = "layer", "place"
@@ -118,19 +118,9 @@ class Observed:
 
     def gather(self, w: Virtual, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array | Virtual:
         """A choice of layers goes on being observed; a lookup has no input to observe."""
-        column = {w.dims[d][0]: c for d, c in picks.items()}
-        base = _compat.bind(eqn, [w.base, indices])[0]
-        if any(w.carriers(atom) != (LAYER,) for atom in column):
-            return base
-        batch = batch_atoms(min(column), eqn)
-        layers, names = w.live_factor(LAYER)
-        layers = take_from_factor(jnp.asarray(layers), {names.index(a): c for a, c in column.items()}, indices, eqn)
-        axes = dict(w.axes) | {LAYER: (*batch, *(n for n in names if n not in column))}
-        gone = tuple((atom, "pick") for atom in column)
-        return w.replace(
-            base=base, factors={**w.factors, LAYER: layers},
-            dims=rest_of_gather(w, picks, eqn, batch), axes=tuple(axes.items()), dropped=(*w.dropped, *gone),
-        )  # fmt: skip
+        if any(w.carriers(w.dims[d][0]) != (LAYER,) for d in picks):
+            return _compat.bind(eqn, [w.base, indices])[0]
+        return picked(w.replace(factors={**w.factors, LAYER: jnp.asarray(w.factors[LAYER])}), picks, indices, eqn)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base))

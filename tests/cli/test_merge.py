@@ -151,6 +151,8 @@ CASES = {
             target_modules=["query", "dense"], task_type="SEQ_CLS", bias="lora_only", exclude_modules=["pooler.dense"]
         ),
     ),
+    "gpt2 dora": (gpt2, dict(target_modules=["c_attn", "c_proj", "wpe"], use_dora=True)),
+    "vit dora": (vit, dict(target_modules=["projection", "query"], use_dora=True, modules_to_save=["classifier"])),
     "vit": (vit, dict(target_modules=["projection", "query"], modules_to_save=["classifier"])),
 }
 
@@ -525,13 +527,11 @@ def test_partial_accepts_missing_modules(good, tmp_path):
     }
 
 
-def test_dora_and_token_rows_are_refused(tmp_path, capsys):
+def test_token_rows_are_refused(tmp_path, capsys):
     torch.manual_seed(0)
-    for name, options in (("dora", {"use_dora": True}), ("tokens", {"trainable_token_indices": [1, 2]})):
-        (tmp_path / name).mkdir()
-        save_pair(tmp_path / name, llama(), peft.LoraConfig(**R4, **options, target_modules=["q_proj"]))
-        assert merge(tmp_path / name) == 2
-        assert "not supported here" in capsys.readouterr().err and not (tmp_path / name / "out").exists()
+    save_pair(tmp_path, llama(), peft.LoraConfig(**R4, trainable_token_indices=[1, 2], target_modules=["q_proj"]))
+    assert merge(tmp_path) == 2
+    assert "not supported here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_float16_overflow_is_refused(tmp_path, capsys):

@@ -14,11 +14,11 @@ Tags = frozenset[str]
 NONE: Tags = frozenset()
 
 
-def formed_weights(adapted: Callable[..., Any], params: Any, adapter: Any, args: Any) -> list[str]:
+def formed_weights(adapted: Callable[..., Any], params: Any, adapter: Any, args: Any, least: int = 0) -> list[str]:
     """Equations of `adapted(params, adapter, *args)` that multiply A by B, or add factors to a base.
 
     An equation does so if its inputs hold the one and the other and no data: every product of a fused adapter
-    has data in it.
+    has data in it. `least`: elements of a result that counts; the norms of DoRA are made of factors and bases too.
     """
     jaxpr, tags = _tagged(adapted, params, adapter, args)
     found = []
@@ -27,7 +27,7 @@ def formed_weights(adapted: Callable[..., Any], params: Any, adapter: Any, args:
         bases = [t for t in ins if BASE in t and DATA not in t]
         product = eqn.primitive.name in ("dot_general", "ragged_dot_general") and len(factors) == 2
         total = eqn.primitive.name in ("add", "add_any", "sub") and factors and len(factors) + len(bases) >= 2
-        if product or total:
+        if (product or total) and max(v.aval.size for v in eqn.outvars) >= least:
             found.append(str(eqn))
     return found
 

@@ -8,6 +8,8 @@ and without any single one of its sites.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import reference
-from lora_jax.sites import LORA_A, LORA_B
+from lora_jax.sites import LORA_A, LORA_B, MAGNITUDE
 from lora_jax.tracing import flatten_params
 from tests.core.dataflow import formed_weights
 
@@ -53,8 +55,10 @@ def config(**changes: Any) -> lj.LoRAConfig:
     return lj.LoRAConfig(**{"rank": 3, "alpha": 4.0, "target_modules": ".*", "init": "random", **changes})
 
 
-def merged_params(params: Any, adapter: lj.Adapter, times: float = 1.0, without: str = "") -> Any:
-    """Float64 parameters with `times` the change of every site but `without`, by the reference."""
+def merged_params(
+    params: Any, adapter: lj.Adapter, times: float = 1.0, without: str = "", magnitudes: bool = True
+) -> Any:
+    """Float64 parameters with `times` the scale at every site but `without`, by the reference."""
     paths, leaves, tree = flatten_params(params)
     sites = {site.path: site for site in adapter.sites}
     out = []
@@ -63,8 +67,9 @@ def merged_params(params: Any, adapter: lj.Adapter, times: float = 1.0, without:
         if site is None or site.name == without:
             out.append(leaf)
         else:
-            change = reference.delta(site, *adapter.factors(site))
-            out.append(jax.device_put(np.asarray(leaf, np.float64) + times * change))
+            scaled = dataclasses.replace(site, alpha=times * site.alpha)
+            magnitude = adapter.vectors(site)[MAGNITUDE] if site.dora and magnitudes else None
+            out.append(jax.device_put(reference.merged(scaled, leaf, *adapter.factors(site), magnitude)))
     return jax.tree.unflatten(tree, out)
 
 
@@ -75,14 +80,17 @@ def random_adapter(plan: lj.Plan, dtype: Any, seed: int = 7) -> lj.Adapter:
         for factor, shape, terms in ((LORA_A, site.a_shape, site.fan_in), (LORA_B, site.b_shape, site.rank)):
             values = rng(seed, zlib.crc32(site.name.encode()), *shape).standard_normal(shape) / np.sqrt(terms)
             leaves[site.leaf_path(factor)] = jax.device_put(values.astype(dtype))
+        if site.dora:
+            values = rng(seed, zlib.crc32(site.name.encode())).uniform(0.5, 2.0, site.vector_shape)
+            leaves[site.leaf_path(MAGNITUDE)] = jax.device_put((values * np.sqrt(site.fan_in)).astype(dtype))
     return lj.Adapter.from_leaves(leaves, plan.sites)
 
 
 def zero_b(adapter: lj.Adapter) -> lj.Adapter:
-    leaves = {}
+    leaves = {path: adapter.leaf(path) for site in adapter.sites for path in site.leaves}
     for site in adapter.sites:
-        a, b = adapter.factors(site)
-        leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = a, jax.device_put(np.zeros(b.shape, b.dtype))
+        b = adapter.factors(site)[1]
+        leaves[site.leaf_path(LORA_B)] = jax.device_put(np.zeros(b.shape, b.dtype))
     return lj.Adapter.from_leaves(leaves, adapter.sites)
 
 
@@ -109,7 +117,8 @@ def check(
         adapter = random_adapter(plan, np.float64)
         adapted_fn = lj.apply(fn, plan)
 
-        formed = formed_weights(adapted_fn, params, adapter, args)
+        least = min(math.prod(site.shape) for site in plan.sites) if changes.get("use_dora") else 0
+        formed = formed_weights(adapted_fn, params, adapter, args, least)
         assert bool(formed) == bool(materialised if forms_weight is None else forms_weight), formed
 
         if gradients:
@@ -137,6 +146,9 @@ def check(
         if gradients:
             _check_gradients(plan, params, adapter, got_grads, want_grads[0])
 
+        if any(site.dora for site in plan.sites):
+            assert worst(base(merged_params(params, adapter, magnitudes=False), *args)[0]) > 1e3
+            return plan
         off, _ = adapted(params, zero_b(adapter), *args)
         for y, w in zip(off, plain, strict=True):
             if materialised:
@@ -172,15 +184,26 @@ def _check_gradients(plan: lj.Plan, params: Any, adapter: lj.Adapter, got: Any, 
     got_params, got_adapter = got
     paths, want_leaves, _ = flatten_params(want_params)
     _, got_leaves, _ = flatten_params(got_params)
-    by_path = dict(zip(paths, want_leaves, strict=True))
+    of_merged = dict(zip(paths, want_leaves, strict=True))
+    bases = dict(zip(paths, flatten_params(params)[1], strict=True))
+    # DoRA's norm is detached: the gradient of W + s·A·B is that of the merged weight times c.
+    of_sum = dict(of_merged)
+    for site in plan.sites:
+        if site.dora:
+            c = reference.dora_scale(site, bases[site.path], *adapter.factors(site), adapter.vectors(site)[MAGNITUDE])
+            of_sum[site.path] = c * np.asarray(of_merged[site.path])
     # Relative to the largest gradient: some are zero but for rounding, such as a key bias's before a softmax.
-    bound = max(_bound(w) for w in want_leaves if jnp.issubdtype(w.dtype, jnp.floating))
-    for path, y, w in zip(paths, got_leaves, want_leaves, strict=True):
+    bound = max(_bound(w) for w in of_sum.values() if jnp.issubdtype(w.dtype, jnp.floating))
+    for path, y in zip(paths, got_leaves, strict=True):
+        w = of_sum[path]
         if jnp.issubdtype(w.dtype, jnp.floating):
             assert reference.excess(y, np.asarray(w), bound) <= 1, f"gradient of the base's {path}"
     for site in plan.sites:
         a, b = adapter.factors(site)
-        wanted = reference.factor_gradients(site, a, b, by_path[site.path])
-        for name, y, w in zip((LORA_A, LORA_B), got_adapter.factors(site), wanted, strict=True):
+        wanted = dict(zip((LORA_A, LORA_B), reference.factor_gradients(site, a, b, of_sum[site.path]), strict=True))
+        if site.dora:
+            wanted[MAGNITUDE] = reference.magnitude_gradient(site, bases[site.path], a, b, of_merged[site.path])
+        for name, w in wanted.items():
+            y = got_adapter.leaf(site.leaf_path(name))
             assert np.any(w), f"{site.name}.{name} has no gradient to compare"
             assert reference.excess(y, w, _bound(w)) <= 1, f"gradient of {site.name}.{name}"

@@ -142,3 +142,26 @@ def test_what_has_no_way_back():
     other, _ = inits.pissa(small(rank=2)[2], params)
     with pytest.raises(ValueError, match="other ranks or alphas"):
         inits.to_original(adapter, other, params, new_params)
+
+
+def test_beside_the_other_things_an_adapter_trains():
+    """DoRA's magnitudes are those of the whole weight, or of what LoftQ made of it; a bias on B starts at zero."""
+    params, batches, plan = small(use_dora=True)
+    run, x = lj.apply(fn, plan), batches[0]
+    want = np.asarray(fn(params, x))
+    bound = 1e-5 * np.abs(want).max()
+    adapter, new_params = inits.pissa(plan, params)
+    assert reference.excess(run(new_params, adapter, x), want, bound) <= 1
+    norms = np.linalg.norm(params["w"], axis=0)
+    np.testing.assert_allclose(adapter["lora_magnitude_vector"]["w"], norms, rtol=1e-5)
+    assert reference.excess(run(params, adapter, x), want, bound) > 1e3
+    adapter, quantised = inits.loftq(plan, params)
+    plain = lj.Adapter({name: adapter[name] for name in ("lora_A", "lora_B")}, small()[2].sites)
+    assert reference.excess(run(quantised, adapter, x), lj.apply(fn, small()[2])(quantised, plain, x), bound) <= 1
+    _, _, plan = small(lora_bias=True)
+    adapter, new_params = inits.olora(plan, params)
+    assert not np.any(adapter["lora_bias"]["w"])
+    assert reference.excess(lj.apply(fn, plan)(new_params, adapter, x), want, bound) <= 1
+    _, _, plan = small(use_qalora=True, qalora_group_size=2)
+    with pytest.raises(ValueError, match="`use_qalora` A has one row for several inputs"):
+        inits.pissa(plan, params)

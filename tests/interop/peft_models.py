@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def _twin(flax_class: str, torch_class: str, config: Any, tied: dict[str, str], 
     def make() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            twin = getattr(transformers, torch_class)(config)
+            # PEFT changes the configuration of a model whose layers it repeats.
+            twin = getattr(transformers, torch_class)(copy.deepcopy(config))
         missing, unexpected = twin.load_state_dict({k: torch.clone(v) for k, v in state.items()}, strict=False)
         assert not unexpected and all("position_ids" in name for name in missing), (missing, unexpected)
         return twin.eval()

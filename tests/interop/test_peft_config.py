@@ -155,18 +155,11 @@ def test_defaults_are_pefts() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "eva"),
         ("init_lora_weights", "loftq"),
-        ("trainable_token_indices", [1, 2]),
-        ("layer_replication", [[0, 2]]),
-        ("use_qalora", True),
         ("alora_invocation_tokens", [7]),
         ("loftq_config", {"loftq_bits": 4}),
         ("eva_config", {"rho": 2}),
@@ -188,8 +181,8 @@ def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> N
 
 def test_all_refusals_in_one_error() -> None:
     with pytest.raises(ValueError) as error:
-        from_peft({**MINIMAL, "use_dora": True, "bias": "all", "nonsense": 0, "init_lora_weights": "olora"})
-    for part in ("use_dora=True", "bias='all'", "nonsense", "init_lora_weights='olora'"):
+        from_peft({**MINIMAL, "alora_invocation_tokens": [7], "nonsense": 0, "init_lora_weights": "olora"})
+    for part in ("alora_invocation_tokens=[7]", "nonsense", "init_lora_weights='olora'"):
         assert part in str(error.value)
 
 

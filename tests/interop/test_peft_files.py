@@ -179,7 +179,7 @@ def test_missing_modules_and_modules_that_peft_would_drop(directory: Path) -> No
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("layers.0.q.lora_magnitude_vector", (6,), "belongs to DoRA, which is not implemented"),
+        ("layers.0.q.lora_magnitude_vector", (6,), "belongs to DoRA, but the configuration has no `use_dora`"),
         ("layers.0.q.lora_B.bias", (6,), "belongs to `lora_bias`"),
         ("layers.0.q.ia3_l", (6, 1), "belongs to IA3"),
         ("embed.token_adapter.trainable_tokens_delta", (2, 4), "belongs to trainable tokens"),
@@ -202,10 +202,10 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(use_dora=True), "`use_dora=True` is not implemented"),
+        (dict(use_dora=True), "layers.0.q has no lora_magnitude_vector although `use_dora` is true"),
         (dict(peft_type="IA3"), "`peft_type='IA3'` is another method than LoRA"),
         (dict(peft_type="PROMPT_TUNING"), "PROMPT_TUNING"),
-        (dict(bias="all"), "`bias='all'`"),
+        (dict(bias="some"), "`bias` must be one of none, all, lora_only, got 'some'"),
         (dict(init_lora_weights="pissa"), "`init_lora_weights='pissa'` changed the base model"),
         (dict(init_lora_weights="olora"), "changed the base model"),
         (dict(init_lora_weights="something new"), "is not known here"),
@@ -367,7 +367,7 @@ def test_a_description_takes_methods_that_are_switched_on(directory: Path) -> No
     edit_config(directory, **settings)
     file = read_described(directory)
     assert file.problems == [] and set(file.full) == {"layers.0.q.bias"}
-    assert set(file.extras["layers.1.v"]) == {"lora_magnitude_vector", "lora_B.bias"}
+    assert set(file.extras["layers.1.v"]) == {"lora_magnitude_vector", "lora_bias"}
     assert set(file.extras["embed"]) == {"trainable_tokens_delta"}
     for name, told in (
         ("use_dora", "layers.0.q.lora_magnitude_vector belongs to DoRA, but the configuration has no `use_dora`"),
@@ -382,11 +382,11 @@ def test_a_description_takes_methods_that_are_switched_on(directory: Path) -> No
     edit_tensors(directory, lambda t: t.update({f"{P}layers.0.q.lora_B.bias": np.ones(5, np.float32)}))
     edit_tensors(directory, lambda t: t.update({f"{P}layers.9.q.lora_B.bias": np.ones(6, np.float32)}))
     assert read_described(directory).problems == [
-        "layers.0.q: lora_B.bias is (5,), but lora_B (6, 2)",
+        "layers.0.q: lora_bias is (5,), but lora_B (6, 2)",
         "layers.0.v has no lora_magnitude_vector although `use_dora` is true",
-        f"{P}layers.9.q has lora_B.bias but no factors",
+        f"{P}layers.9.q has lora_bias but no factors",
     ]
-    with pytest.raises(ValueError, match="`use_dora=True` is not implemented"):
+    with pytest.raises(ValueError, match="`use_dora` and `lora_bias` exclude each other"):
         read_peft(directory)
 
 
