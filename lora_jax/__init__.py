@@ -6,9 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.adapters import Adapter as Adapter
+from lora_jax.combining import combine as combine
+from lora_jax.comparing import compare as compare
 from lora_jax.config import LoRAConfig as LoRAConfig
+from lora_jax.editing import rename as rename
+from lora_jax.editing import rescale as rescale
+from lora_jax.editing import resize as resize
+from lora_jax.editing import select as select
+from lora_jax.editing import without as without
 from lora_jax.explaining import Explanation as Explanation
 from lora_jax.explaining import explain as explain
+from lora_jax.extracting import extract as extract
 from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
 from lora_jax.merging import merge as merge
@@ -18,18 +26,23 @@ from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
 from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
+from lora_jax.status import layer_status as layer_status
+from lora_jax.status import model_status as model_status
+from lora_jax.status import print_trainable_parameters as print_trainable_parameters
 from lora_jax.undropped import InertDropoutWarning as InertDropoutWarning
 
 if TYPE_CHECKING:
     from lora_jax import checkpoint as checkpoint
+    from lora_jax import inits as inits
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
+    from lora_jax import peft as peft
     from lora_jax import optimizers as optimizers
 
 __version__ = "0.1.0"
 
-_LAZY = ("checkpoint", "linen", "nnx", "ops", "optimizers")
+_LAZY = ("checkpoint", "inits", "linen", "nnx", "ops", "optimizers", "peft")
 
 
 def __getattr__(name: str) -> Any:

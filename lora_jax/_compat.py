@@ -15,6 +15,8 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
+_WHOLE = jax.sharding.PartitionSpec()
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """`(jaxpr, consts)` of an open or a closed jaxpr; jax 0.12 has one class for both."""
@@ -129,6 +131,12 @@ def on_mesh_of(x: Any, like: Any) -> Any:
     if jax.typeof(x).sharding.mesh == mesh:
         return x
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def whole(x: Any) -> Any:
+    """`x` with all of it on every device, where its sharding is part of its type."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, _WHOLE))
 
 
 def laid_out_as(x: Any, like: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax import _compat
+from lora_jax.recording import Recorder
 from lora_jax.rules import RULES
 from lora_jax.sites import Site
 from lora_jax.weights.virtual import Virtual, is_virtual
@@ -22,18 +23,20 @@ class Interpreter:
 
     - `report`: called with (weight, primitive name) whenever a weight has to be formed in full.
     - `drops`: whether dropout is on, so that loops number their steps.
+    - `recorder`: what observed weights record to.
     """
 
-    def __init__(self, report: Report, drops: bool = False):
+    def __init__(self, report: Report, drops: bool = False, recorder: Recorder | None = None):
         self.report = report
         self.drops = drops
+        self.recorder = recorder or Recorder()
         self._step: Any = None
         self._outer: Interpreter | None = None
         self._uses: dict[str, int] = {}
 
     def nested(self, step: Any = None) -> Interpreter:
         """An interpreter for the body of `remat`, `cond` or one step of a loop (numbered by `step`)."""
-        inner = Interpreter(self.report, self.drops)
+        inner = Interpreter(self.report, self.drops, self.recorder)
         inner._outer, inner._step, inner._uses = self, step, self._uses
         return inner
 

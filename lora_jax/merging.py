@@ -22,7 +22,7 @@ from lora_jax.weights.norms import norms as low_rank_norms
 RANK = "rank"
 
 
-def merge(params: Any, adapter: Adapter) -> Any:
+def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
     """A copy of `params` with W + s·A·B in place of every adapted W; other leaves are the same objects.
 
     A bias on B is added to the base's, which has to be there: the layer's `bias`, beside its `kernel` or `weight`.
@@ -30,11 +30,17 @@ def merge(params: Any, adapter: Adapter) -> Any:
     With DoRA it is `magnitude / |W + s·A·B|` times that sum, norms being those of the base given here. The sum is
     computed in float32 (float64 for a float64 base) and rounded once to the base's dtype.
 
+    **Arguments:** `safe` looks at every merged value before it returns any (PEFT's `safe_merge`): a factor that
+    diverged, or a sum too large for the base's dtype, is an error. Not under `jit`, where there are no values yet.
+
     **Raises:** `ValueError` if a leaf is missing or misshapen, if a bias on B finds none of the base's to be added to,
-    or if an adapted leaf's array also stands at another path: the two would no longer be one weight. `TypeError` if
-    `adapter` is no `Adapter`.
+    or if an adapted leaf's array also stands at another path: the two would no longer be one weight; with `safe`,
+    naming every parameter that would not be finite. `TypeError` if `adapter` is no `Adapter`.
     """
-    return _fold(params, adapter, _merged)
+    merged = _fold(params, adapter, _merged)
+    if safe:
+        _refuse_not_finite(merged, adapter)
+    return merged
 
 
 def unmerge(params: Any, adapter: Adapter, norms: Mapping[str, Any] | None = None) -> Any:
@@ -98,7 +104,7 @@ def _fold(params: Any, adapter: Adapter, change: Callable[..., Any], what: str =
     adapter = as_adapter(adapter, adapter.sites)
     paths, leaves, tree = tracing.flatten_params(params)
     check_params(adapter.sites, {p: x.shape for p, x in zip(paths, leaves, strict=True)})
-    _refuse_shared(paths, leaves, adapter)
+    refuse_shared(paths, leaves, adapter)
     sites = {site.path: site for site in adapter.sites}
     new = {p: change(x, sites[p], adapter) if p in sites else x for p, x in zip(paths, leaves, strict=True)}
     new |= _biases(new, adapter, 1.0 if what == "merge" else -1.0)
@@ -155,7 +161,24 @@ def _unmerged(leaf: Any, site: Site, adapter: Adapter, norm: Any) -> Any:
     return (dense - change.astype(wide)).astype(leaf.dtype)
 
 
-def _refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:
+def _refuse_not_finite(merged: Any, adapter: Adapter) -> None:
+    paths, leaves, _ = tracing.flatten_params(merged)
+    adapted = {site.path for site in adapter.sites}
+    found = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if path in adapted]
+    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in found):
+        raise ValueError("`safe=True` looks at values, which do not exist under `jax.jit`: merge outside of it.")
+    bad = [".".join(path) for path, leaf in found if not bool(jnp.isfinite(leaf).all())]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise ValueError(
+            f"merging would give numbers that are not finite in {', '.join(bad[:4])}{more}: the adapter diverged, or "
+            "the base's dtype is too narrow for the sum. Nothing was changed: use an earlier checkpoint or a wider "
+            "base."
+        )
+
+
+def refuse_shared(paths: list[tuple[str, ...]], leaves: list[Any], adapter: Adapter) -> None:
+    """Raises if an adapted array also stands at another path, where it would not change along."""
     adapted = {site.path for site in adapter.sites}
     seen: dict[int, list[tuple[str, ...]]] = {}
     for path, leaf in zip(paths, leaves, strict=True):

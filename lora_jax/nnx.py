@@ -65,7 +65,7 @@ def adapt(
     return AdaptedModule(model, plan, adapter, draws, implementation)
 
 
-class _Static:
+class Static:
     """Keeps an object out of nnx's comparisons: two graph definitions agree if they hold the same one."""
 
     def __init__(self, value: Any):
@@ -88,8 +88,8 @@ class AdaptedModule(nnx.Module):
         self, base: nnx.Module, plan: Plan, adapter: Adapter, rngs: nnx.Rngs | None, implementation: str | None = None
     ):
         self.base = base
-        self.lora = _variables(adapter.to_dict())
-        self.lora_plan = _Static(plan)
+        self.lora = variables(adapter.to_dict())
+        self.lora_plan = Static(plan)
         self.lora_implementation = implementation
         if rngs is not None:
             self.lora_rngs = rngs
@@ -109,6 +109,11 @@ class AdaptedModule(nnx.Module):
             super().__setattr__(name, value)
         else:
             setattr(self.base, name, value)
+
+    def _in_use(self) -> tuple[Plan, Adapter | None]:
+        """What a call runs with; no adapter for the base as it is."""
+        plan = plan_of(self)
+        return plan, as_adapter(nnx.to_pure_dict(nnx.state(self.lora, nnx.LoRAParam)), plan.sites)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Used by `nnx.view`: `deterministic=True` turns dropout on the low-rank branch off."""
@@ -151,8 +156,10 @@ def plan_of(model: AdaptedModule) -> Plan:
 
 def adapter_of(model: AdaptedModule) -> Adapter:
     """The factors as an `Adapter`, ready for `lora_torch.save_peft`, `lora_jax.checkpoint` or `lora_jax.merge`."""
-    leaves = nnx.to_pure_dict(nnx.state(model.lora, nnx.LoRAParam))
-    return as_adapter(leaves, plan_of(model).sites)
+    adapter = model._in_use()[1]
+    if adapter is None:
+        raise ValueError("no adapter is in use: activate one, or unmerge it.")
+    return adapter
 
 
 def set_adapter(model: AdaptedModule, adapter: Any) -> None:
@@ -174,7 +181,7 @@ def set_adapter(model: AdaptedModule, adapter: Any) -> None:
     nnx.replace_by_pure_dict(state, checked.to_dict())
     nnx.update(model.lora, state)
     if checked.sites != plan_of(model).sites:
-        model.lora_plan = _Static(dataclasses.replace(plan_of(model), sites=checked.sites))
+        model.lora_plan = Static(dataclasses.replace(plan_of(model), sites=checked.sites))
 
 
 def merge(model: AdaptedModule) -> nnx.Module:
@@ -207,15 +214,18 @@ def _wrapped(owner: AdaptedModule, value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _run(model: AdaptedModule, path: tuple[Any, ...], method: str, args: Any, kwargs: Any) -> Any:
+    plan, adapter = model._in_use()
     call = Call(model.base, path, method, args, kwargs)
-    key = None
-    if "lora_rngs" in model.__dict__ and not model.deterministic:
-        key = model.lora_rngs.lora()
-    adapted = functional.apply(call.fn, plan_of(model), implementation=model.lora_implementation)
-    out, changes = adapted(call.params, adapter_of(model), call.state, call.inputs, key=key)
+    if adapter is None:
+        out, changes = call.fn(call.params, call.state, call.inputs)
+    else:
+        key = model.lora_rngs.lora() if plan.config.dropout > 0 and not model.deterministic else None
+        adapted = functional.apply(call.fn, plan, implementation=model.lora_implementation)
+        out, changes = adapted(call.params, adapter, call.state, call.inputs, key=key)
     call.put_back(changes)
     return out
 
 
-def _variables(tree: Mapping[str, Any]) -> nnx.Dict:
-    return nnx.Dict({k: _variables(v) if isinstance(v, Mapping) else nnx.LoRAParam(v) for k, v in tree.items()})
+def variables(tree: Mapping[str, Any], kind: type[nnx.Variable] = nnx.LoRAParam) -> nnx.Dict:
+    """A nested mapping of arrays as nnx variables of one type."""
+    return nnx.Dict({k: variables(v, kind) if isinstance(v, Mapping) else kind(v) for k, v in tree.items()})

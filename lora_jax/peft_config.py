@@ -77,7 +77,8 @@ def from_peft(data: Mapping[str, Any], *, strict: bool = True) -> LoRAConfig:
     init = data.get("init_lora_weights", True)
     if str(init) not in _INITS_BACK:
         problems.append(
-            f"`init_lora_weights={init!r}` is not implemented: use one of {', '.join(map(repr, _INITS.values()))}"
+            f"`init_lora_weights={init!r}` is not implemented: use one of {', '.join(map(repr, _INITS.values()))}, and "
+            "for values from weights or data the functions of `lora_jax.inits`"
         )
     if not (data.get("target_modules") or data.get("target_parameters")):
         problems.append("`target_modules` is missing, and PEFT's choice by model type is not made here: name them")

@@ -19,6 +19,7 @@ from lora_jax.layout import layout_of, stated_layout
 from lora_jax.rows import Row
 from lora_jax.selection import select
 from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, MAGNITUDE, TOKENS, Site
+from lora_jax.status import trainable_parameters
 from lora_jax.token_rows import rows_of
 from lora_jax.undropped import InertDropoutWarning, dropout_note, has_dropout
 from lora_jax.weights.norms import norms
@@ -90,10 +91,7 @@ class Plan:
 
     def summary(self) -> str:
         """PEFT's line: `trainable params: 896 || all params: 20,768 || trainable%: 4.3143`."""
-        trainable = self.count()
-        total = self.count_all() + sum(s.parameters for s in self.sites if not s.is_full)
-        share = 100 * trainable / total
-        return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+        return trainable_parameters(self.count(), self.count_all() + self.count())
 
     def __str__(self) -> str:
         from lora_jax.table import plan_table

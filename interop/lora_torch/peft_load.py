@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import products
 from lora_jax.adapters import Adapter
 from lora_jax.peft_matching import is_target, pattern_values
 from lora_jax.planning import Plan
@@ -19,7 +20,6 @@ from lora_jax.reference import SAME_PRODUCT
 from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, TOKENS, Site
 from lora_jax.tracing import flatten_params
 
-from . import products
 from .arrays import convert, ops_of
 from .naming import Naming, nearest
 from .peft_full import match_aliases

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax import products
 from lora_jax.sites import LORA_BIAS, MAGNITUDE
-from lora_torch import products
 from lora_torch.peft_read import AdapterFile, read_described
 from lora_torch.peft_settings import scaling
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_jax import products
 from lora_jax.cli._adapter import LowRank
 from lora_jax.cli._edits import Change
-from lora_torch import products
 from lora_torch.hf_checkpoint import Checkpoint
 
 HEADS = ("lm_head", "embed_out", "decoder")

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.cli._adapter import Adapter, LowRank, read_adapter
 from lora_jax.cli._show import console, finite, natural
-from lora_torch import products
+from lora_jax.comparing import difference, in_total, ratio
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class ModuleDiff:
     """Two updates D1 = s1 B1 A1 and D2 of one module.
 
     `cosine` is <D1, D2> / (||D1|| ||D2||), NaN if one is zero. `relative` is ||D1 - D2|| / ||D1||: 0 if both
-    are zero, infinite if only D1 is. Where the modules' shapes differ nothing is computed and `note` says so.
+    are zero, infinite if only D1 is. `angle_in` and `angle_out` are the largest principal angles, in degrees, between
+    what the two read and what they write; NaN if one is zero. Where the modules' shapes differ nothing is computed and
+    `note` says so.
     """
 
     module: str
@@ -29,6 +31,8 @@ class ModuleDiff:
     norm2: float
     cosine: float
     relative: float
+    angle_in: float = math.nan
+    angle_out: float = math.nan
     note: str = ""
 
 
@@ -73,30 +77,16 @@ def module_diff(name: str, one: LowRank, two: LowRank) -> ModuleDiff:
     norm1, norm2 = one.norm(), two.norm()
     if one.kind != two.kind or one.a.shape[1:] != two.a.shape[1:] or one.b.shape[0] != two.b.shape[0]:
         note = f"{one.kind} A {one.a.shape} B {one.b.shape} against {two.kind} A {two.a.shape} B {two.b.shape}"
-        return ModuleDiff(name, one.rank, two.rank, norm1, norm2, math.nan, math.nan, note)
+        return ModuleDiff(name, one.rank, two.rank, norm1, norm2, math.nan, math.nan, note=note)
     (b1, a1), (b2, a2) = one.matrices(), two.matrices()
-    b1, b2 = one.scaling * b1, two.scaling * b2
-    cosine = _ratio(products.inner(b1, a1, b2, a2), norm1 * norm2, empty=math.nan)
-    gap = products.distance(b1, a1, b2, a2)
-    relative = _ratio(gap, norm1, empty=0.0 if gap == 0 else math.inf)
-    return ModuleDiff(name, one.rank, two.rank, norm1, norm2, cosine, relative)
-
-
-def _ratio(value: float, size: float, empty: float) -> float:
-    return value / size if size != 0 else empty
+    found = difference(name, (a1.T, one.scaling * b1.T), (a2.T, two.scaling * b2.T))
+    angles = [math.degrees(each[0]) if each.size else math.nan for each in (found.angles_in, found.angles_out)]
+    return ModuleDiff(name, one.rank, two.rank, norm1, norm2, found.cosine, found.relative, *angles)
 
 
 def _total(rows: list[ModuleDiff]) -> dict[str, float]:
-    # A zero update has no cosine and adds nothing; relative is infinite where only the first is zero.
-    used = [row for row in rows if not row.note]
-    size1, size2 = (math.sqrt(sum(getattr(row, n) ** 2 for row in used)) for n in ("norm1", "norm2"))
-    product = sum(row.cosine * row.norm1 * row.norm2 for row in used if row.norm1 * row.norm2 != 0)
-    gaps = (row.relative * row.norm1 if row.norm1 != 0 else row.norm2 for row in used)
-    gap = math.sqrt(sum(g**2 for g in gaps))
-    return {
-        "cosine": _ratio(product, size1 * size2, empty=math.nan),
-        "relative": _ratio(gap, size1, empty=0.0 if gap == 0 else math.inf),
-    }
+    cosine, relative = in_total([((row.norm1, row.norm2), row.cosine, row.relative) for row in rows if not row.note])
+    return {"cosine": cosine, "relative": relative}
 
 
 def _tensor_names(adapter: Adapter) -> set[str]:
@@ -126,7 +116,7 @@ def _other_differences(first: Adapter, second: Adapter) -> list[dict[str, Any]]:
             out.append({"name": name, "relative": math.nan, "note": f"{t1.shape} against {t2.shape}"})
             continue
         gap, size = float(np.linalg.norm(t1 - t2)), float(np.linalg.norm(t1))
-        out.append({"name": name, "relative": _ratio(gap, size, 0.0 if gap == 0 else math.inf), "note": ""})
+        out.append({"name": name, "relative": ratio(gap, size, 0.0 if gap == 0 else math.inf), "note": ""})
     return out
 
 

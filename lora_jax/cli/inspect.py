@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax import products
 from lora_jax.cli._adapter import Adapter, LowRank, read_adapter
 from lora_jax.cli._heat_map import write_heat_map
 from lora_jax.cli._show import by, console, finite, natural
-from lora_torch import products
 
 
 @dataclass(frozen=True)

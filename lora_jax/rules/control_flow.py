@@ -11,6 +11,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from lora_jax import _compat
+from lora_jax.recording import State
 from lora_jax.rules import rule
 from lora_jax.weights.virtual import Virtual, is_virtual
 
@@ -35,11 +36,12 @@ def remat(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     inside = interpreter.nested()
 
     # Not `run_dense`: nnx.remat returns the module's parameters, and a view of them can leave as a view.
-    def body(values: list[Any]) -> list[Any]:
-        return inside.run(jaxpr, consts, values)
+    def body(state: State, values: list[Any]) -> tuple[list[Any], State]:
+        return interpreter.recorder.around(lambda: inside.run(jaxpr, consts, values), state)
 
     wrapped = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return _with(wrapped(list(ins)), _returned(jaxpr, ins))
+    outs, interpreter.recorder.state = wrapped(interpreter.recorder.state, list(ins))
+    return _with(outs, _returned(jaxpr, ins))
 
 
 def _returned(jaxpr: Any, ins: Sequence[Any]) -> dict[int, Any]:
@@ -79,10 +81,14 @@ def cond(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     computed = [i for i in range(len(eqn.outvars)) if i not in known]
 
     def branch(jaxpr: Any, consts: Sequence[Any]) -> Any:
-        def run(values: list[Any]) -> list[Any]:
+        def run(state: State, values: list[Any]) -> tuple[list[Any], State]:
             inside = interpreter.nested()
-            out = inside.run(jaxpr, consts, values)
-            return [inside.dense(out[i], "cond") for i in computed]
+
+            def outputs() -> list[Any]:
+                out = inside.run(jaxpr, consts, values)
+                return [inside.dense(out[i], "cond") for i in computed]
+
+            return interpreter.recorder.around(outputs, state)
 
         return run
 
@@ -90,9 +96,10 @@ def cond(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any] | None:
     if platforms := eqn.params.get("branches_platforms"):
         # `lax.platform_dependent`: a branch for another platform must not be lowered for this one.
         named = {name: run for names, run in zip(platforms, runs, strict=True) for name in names or ("default",)}
-        outs = lax.platform_dependent(operands, **named)
+        outs, state = lax.platform_dependent(interpreter.recorder.state, operands, **named)
     else:
-        outs = lax.switch(jnp.asarray(index, jnp.int32), runs, operands)
+        outs, state = lax.switch(jnp.asarray(index, jnp.int32), runs, interpreter.recorder.state, operands)
+    interpreter.recorder.state = state
     return [known[i] if i in known else outs[computed.index(i)] for i in range(len(eqn.outvars))]
 
 
@@ -114,22 +121,39 @@ def while_loop(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
         return out
 
     def going(values: Sequence[Any]) -> Any:
-        return interpreter.nested().run_dense(cond_jaxpr, cond_outer, [*cond_consts, *whole(values)])[0]
+        def run() -> Any:
+            return interpreter.nested().run_dense(cond_jaxpr, cond_outer, [*cond_consts, *whole(values)])[0]
 
-    def body_fun(state: Any) -> Any:
-        step, values = state
+        return interpreter.recorder.around(run, {})[0]  # a condition has one output
+
+    def body_fun(carried: Any) -> Any:
+        step, values, state = carried
         inside = interpreter.nested(step)
-        out = inside.run(body_jaxpr, body_outer, [*body_consts, *whole(values)])
-        new = [inside.dense(out[i], "while") for i in moving]
+
+        def run() -> list[Any]:
+            out = inside.run(body_jaxpr, body_outer, [*body_consts, *whole(values)])
+            return [inside.dense(out[i], "while") for i in moving]
+
+        new, state = interpreter.recorder.around(run, state)
         # Under vmap the condition is one bit per row, and a row that is done keeps its values.
         if rows := cond_jaxpr.outvars[0].aval.shape:
+            _refuse_to_record(carried[2], state)
             on = going(values)
             masks = [jnp.broadcast_to(on.reshape(*rows, *(1,) * (y.ndim - len(rows))), y.shape) for y in new]
             new = [lax.select(mask, y, x) for mask, y, x in zip(masks, new, values, strict=True)]
-        return step + 1, new
+        return step + 1, new, state
 
-    _, end = lax.while_loop(lambda state: going(state[1]).any(), body_fun, (jnp.zeros((), jnp.int32), start))
+    first = (jnp.zeros((), jnp.int32), start, interpreter.recorder.state)
+    _, end, interpreter.recorder.state = lax.while_loop(lambda carried: going(carried[1]).any(), body_fun, first)
     return whole(end)
+
+
+def _refuse_to_record(before: State, after: State) -> None:
+    if changed := [name for name in after if after[name] is not before[name]]:
+        raise ValueError(
+            f"`{changed[0]}` is used in a `while` loop under `vmap`, whose rows end at different steps, so its inputs "
+            "cannot be told from leftovers: collect them from the loop without `vmap`."
+        )
 
 
 def _moving(body: Any, n_consts: int, carry: Sequence[Any]) -> list[int]:
@@ -160,17 +184,24 @@ def scan(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
             out[i] = value
         return out
 
-    def body(values: list[Any], scanned: Any) -> Any:
+    def body(carried: Any, scanned: Any) -> Any:
+        state, values = carried
         step, rows = scanned
         inside = interpreter.nested(step)
         layer = [stack.layer(row) for stack, row in zip(stacks, rows, strict=True)]
-        out = inside.run(jaxpr, outer, [*consts, *whole(values), *layer])
-        rows = [inside.dense(out[n_carry + i], "scan") for i in stacked]
-        return [inside.dense(out[i], "scan") for i in moving], rows
+
+        def run() -> Any:
+            out = inside.run(jaxpr, outer, [*consts, *whole(values), *layer])
+            return [inside.dense(out[i], "scan") for i in moving], [
+                inside.dense(out[n_carry + i], "scan") for i in stacked
+            ]
+
+        (new, ys), state = interpreter.recorder.around(run, state)
+        return (state, new), ys
 
     steps = jnp.arange(p["length"]) if interpreter.drops else None
-    end, ys = lax.scan(
-        body, start, (steps, [s.rows for s in stacks]),
+    (interpreter.recorder.state, end), ys = lax.scan(
+        body, (interpreter.recorder.state, start), (steps, [s.rows for s in stacks]),
         length=p["length"], reverse=p["reverse"], unroll=p["unroll"],
     )  # fmt: skip
     return [*whole(end), *(same[i] if i in same else ys[stacked.index(i)] for i in range(n_ys))]

@@ -22,6 +22,8 @@ from lora_jax.weights.virtual import is_virtual
 def custom_derivative(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(_compat.call_jaxpr(eqn.params))
     ins = [x.kind.undropped(x) if is_virtual(x) else x for x in ins]
+    if interpreter.recorder.state:  # inputs are collected going forward
+        return interpreter.nested().run_dense(jaxpr, consts, ins)
     if any(is_virtual(x) and x.kind.watches for x in ins):  # nothing is differentiated
         outs = interpreter.nested().run(jaxpr, consts, ins)
         return [y.kind.seen_formed(y, "output") if is_virtual(y) else y for y in outs]

@@ -41,7 +41,11 @@ def shard_map(interpreter: Any, eqn: Any, ins: Sequence[Any]) -> list[Any]:
     def body(*local: Any) -> list[Any]:
         views = [x if s is None else x.replace(sizes=s) for x, s in zip(local, insides, strict=True)]
         inside = interpreter.nested()
-        return [inside.dense(y, "shard_map") for y in inside.run(jaxpr, consts, views)]
+
+        def run() -> list[Any]:
+            return [inside.dense(y, "shard_map") for y in inside.run(jaxpr, consts, views)]
+
+        return interpreter.recorder.around(run, {})[0]  # what a device sees is its part only
 
     mapped = jax.shard_map(
         body, mesh=p["mesh"], in_specs=tuple(specs), out_specs=list(p["out_specs"]),

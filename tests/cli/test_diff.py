@@ -54,6 +54,10 @@ def test_matches_dense_products(tmp_path, capsys):
         relative = np.linalg.norm(d1 - d2) / np.linalg.norm(d1)
         assert rows[name]["cosine"] == pytest.approx(cosine, abs=1e-9)
         assert rows[name]["relative"] == pytest.approx(relative, rel=1e-9)
+        for key, x, y in (("angle_in", d1.T, d2.T), ("angle_out", d1, d2)):
+            u, v = (np.linalg.svd(d)[0][:, :r] for d, r in ((x, 4), (y, 3)))
+            angle = np.degrees(np.arccos(np.linalg.svd(u.T @ v, compute_uv=False).min()))
+            assert rows[name][key] == pytest.approx(angle, abs=1e-6)
         # A forgotten scale changes the relative difference.
         wrong = np.linalg.norm(d1 - d2 / scale2) / np.linalg.norm(d1)
         assert rows[name]["relative"] != pytest.approx(wrong, rel=1e-3)

@@ -19,7 +19,7 @@ def test_the_main_job_starts_learning_and_exports(tmp_path, capsys):
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "Licence: " in printed.err  # of the model and of the sentences
-    assert "trainable params: 74,498 || all params: 22,787,714 || trainable%: 0.3269" in printed.out
+    assert "trainable params: 74,498 || all params: 22,788,484 || trainable%: 0.3269" in printed.out
     found = tiny.metrics(out)
     held_out = {r["model"]: r for r in found if r["kind"] == "held_out"}
     assert held_out["base"]["accuracy"] == 0.5 and held_out["lora"]["loss"] < held_out["base"]["loss"] - 1e-3

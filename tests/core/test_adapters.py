@@ -182,7 +182,7 @@ def test_sites_as_json():
 def test_summary_and_table():
     _, plan, _ = make()
     text = str(plan)
-    total = plan.count_all() + plan.count() - 12  # the saved head is in the base already
+    total = plan.count_all() + plan.count()  # the copy of the saved head beside the original, as in PEFT
     assert text.endswith(
         f"trainable params: {plan.count()} || all params: {total} || trainable%: {100 * plan.count() / total:.4f}"
     )

@@ -19,6 +19,7 @@ CASES = {
     ("two_devices", 2): ["inside_shard_map", "around_shard_map", "explicit_mesh", "constrained", "dropout_masks"],
     ("dora_meshes", 2): ["automatic", "explicit"],
     ("mixed_meshes", 4): ["partial_manual", "lookups_and_convolutions"],
+    ("inits_meshes", 2): ["automatic", "explicit"],
 }
 
 

@@ -13,7 +13,7 @@ from lora_jax.cli._show import by, console
 from lora_jax.cli.training.jobs import Job
 from lora_jax.cli.training.learners import Learner
 from lora_jax.planning import Plan
-from lora_jax.selection import Row
+from lora_jax.rows import Row
 
 
 def show_plan(plan: Plan) -> None:

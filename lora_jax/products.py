@@ -7,6 +7,7 @@ Costs are O((m + n) r^2): a 4096 x 4096 matrix of rank 16 is answered from two 1
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import subspace_angles
 
 
 def frobenius(b: np.ndarray, a: np.ndarray) -> float:
@@ -52,3 +53,25 @@ def effective_rank(values: np.ndarray) -> float:
         return float(total)  # 0 where there is no update, NaN where there are NaNs
     p = values[values > 0] / total
     return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def principal_angles(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Principal angles in radians, large to small, between the column spaces of two products B A, and between the row
+    spaces.
+
+    **Returns:** (min(rank1, rank2),) twice, with the ranks that the products really have: empty if one is zero.
+    """
+    (u1, v1), (u2, v2) = singular_vectors(*one), singular_vectors(*other)
+    if not u1.shape[1] or not u2.shape[1]:
+        return np.zeros(0), np.zeros(0)
+    return subspace_angles(u1, u2), subspace_angles(v1, v2)
+
+
+def singular_vectors(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m, k) and (n, k): the left and right singular vectors of B A whose singular values rise above rounding."""
+    (q_b, r_b), (q_a, r_a) = np.linalg.qr(b), np.linalg.qr(a.T)
+    u, s, vt = np.linalg.svd(r_b @ r_a.T)
+    rank = int(np.sum(s > s[0] * max(b.shape[0], a.shape[1]) * np.finfo(np.float64).eps))
+    return q_b @ u[:, :rank], q_a @ vt[:rank].T

@@ -1,0 +1,81 @@
+"""`LoraConfig` has the fields and defaults of the installed PEFT's, and directories go both ways."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+theirs = pytest.importorskip("peft")
+
+from lora_jax import peft  # noqa: E402
+from tests.front_ends.test_peft_names import BOTH, X, base, config  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own deprecations
+
+
+def test_fields_and_defaults():
+    ours = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
+    want = {f.name for f in dataclasses.fields(theirs.LoraConfig)}
+    assert want <= set(ours), want - set(ours)
+    mine, its = peft.LoraConfig().to_dict(), theirs.LoraConfig().to_dict()
+    differing = {k: (mine[k], its[k]) for k in its if k in mine and mine[k] != its[k] and (mine[k] or its[k])}
+    differing.pop("peft_version", None)
+    assert not differing or set(differing) <= {"runtime_config"}, differing
+
+
+def torch_twin(module):
+    twin = torch.nn.Sequential()
+    for name in BOTH:
+        layer = getattr(module, name)
+        linear = torch.nn.Linear(*layer.kernel.shape)
+        linear.weight.data = torch.tensor(np.asarray(layer.kernel[...]).T)
+        linear.bias.data = torch.tensor(np.asarray(layer.bias[...]))
+        twin.add_module(name, linear)
+        if name == "up":
+            twin.add_module("tanh", torch.nn.Tanh())
+    return twin
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(torch.tensor(X)).numpy()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"up": 3}}, {"use_dora": True}])
+def test_directories_both_ways(settings, tmp_path):
+    module = base()
+    model = peft.get_peft_model(module, config(**settings), inputs=(X,))
+    model.add_adapter("other", config(r=3, target_modules=["up"]))
+    model.save_pretrained(tmp_path / "ours")
+    twin = theirs.PeftModel.from_pretrained(torch_twin(module), tmp_path / "ours")
+    np.testing.assert_allclose(outputs(twin), model(X), atol=1e-5)
+    twin.load_adapter(tmp_path / "ours" / "other", "other")
+    twin.set_adapter("other")
+    model.set_adapter("other")
+    np.testing.assert_allclose(outputs(twin), model(X), atol=1e-5)
+    assert np.abs(outputs(torch_twin(module)) - np.asarray(model(X))).max() > 0.05
+
+    torch.manual_seed(0)
+    same = theirs.LoraConfig(r=2, lora_alpha=4, target_modules=BOTH, init_lora_weights=False, **settings)
+    source = theirs.get_peft_model(torch_twin(module), same)
+    source.save_pretrained(tmp_path / "theirs")
+    back = peft.PeftModel.from_pretrained(module, tmp_path / "theirs", inputs=(X,))
+    np.testing.assert_allclose(back(X), outputs(source), atol=1e-5)
+    assert back.peft_config["default"].inference_mode and np.abs(np.asarray(back(X) - module(X))).max() > 0.05
+
+
+def test_linen_keeps_its_names(tmp_path):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="down")(jax.numpy.tanh(nn.Dense(8, name="up")(x)))
+
+    module = base()
+    params = {n: {"kernel": getattr(module, n).kernel[...], "bias": getattr(module, n).bias[...]} for n in BOTH}
+    model = peft.get_peft_model(peft.from_linen(Model(), params), config(), inputs={"x": X})
+    model.save_pretrained(tmp_path, names="linen")
+    twin = theirs.PeftModel.from_pretrained(torch_twin(module), tmp_path)
+    np.testing.assert_allclose(outputs(twin), model(x=X), atol=1e-5)
