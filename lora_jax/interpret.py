@@ -13,6 +13,7 @@ from lora_jax.sites import Site
 from lora_jax.weights.virtual import Virtual, is_virtual
 
 Report = Callable[[Virtual, str], None]
+Bind = Callable[[Any, Sequence[Any]], list[Any]]
 
 
 class Interpreter:
@@ -22,18 +23,20 @@ class Interpreter:
 
     - `report`: called with (weight, primitive name) whenever a weight has to be formed in full.
     - `drops`: whether dropout is on, so that loops number their steps.
+    - `bind`: runs an equation on ordinary values.
     """
 
-    def __init__(self, report: Report, drops: bool = False):
+    def __init__(self, report: Report, drops: bool = False, bind: Bind = _compat.bind):
         self.report = report
         self.drops = drops
+        self.bind = bind
         self._step: Any = None
         self._outer: Interpreter | None = None
         self._uses: dict[str, int] = {}
 
     def nested(self, step: Any = None) -> Interpreter:
         """An interpreter for the body of `remat`, `cond` or one step of a loop (numbered by `step`)."""
-        inner = Interpreter(self.report, self.drops)
+        inner = Interpreter(self.report, self.drops, self.bind)
         inner._outer, inner._step, inner._uses = self, step, self._uses
         return inner
 
@@ -43,7 +46,7 @@ class Interpreter:
         for eqn in jaxpr.eqns:
             ins = [_compat.read(env, v) for v in eqn.invars]
             with _compat.named_as(eqn):
-                outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else _compat.bind(eqn, ins)
+                outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else self.bind(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [_compat.read(env, v) for v in jaxpr.outvars]
 
@@ -57,7 +60,7 @@ class Interpreter:
             outs = RULES[name](self, eqn, ins) if name in RULES else None
         if outs is not None:
             return outs
-        outs = _compat.bind(eqn, [self.dense(x, name) for x in ins])
+        outs = self.bind(eqn, [self.dense(x, name) for x in ins])
         same_shape = [x for x in ins if is_virtual(x) and x.base.shape == outs[0].shape]
         if len({x.kind.name for x in same_shape}) != 1:
             return outs
