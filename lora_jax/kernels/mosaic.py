@@ -42,6 +42,11 @@ def load(ref: Any) -> jax.Array:
     return plgpu.load(ref, *_WHOLE, layout=plgpu.Layout.WGMMA)
 
 
+def load_global(ref: Any) -> jax.Array:
+    """Reads a matrix in global memory into registers, laid out as a product's result is; meant for small ones."""
+    return plgpu.load(ref, *_WHOLE, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
 def load_row(ref: Any) -> jax.Array:
     """Reads a vector in global memory into registers, laid out as a row of a product's result is: each value in
     the threads that need it, so that broadcasting over rows costs nothing."""

@@ -293,9 +293,9 @@ def _kernel(
                 _wait_for(written.at[mi], 2 * CLUSTER * schedule.first_columns)
                 for i in range(TILE_M // 64):
                     ms = pl.ds(mi * CTA_M + wg * TILE_M + i * 64, 64)
-                    total = _from_global(shares_g.at[0, ms])
+                    total = mosaic.load_global(shares_g.at[0, ms])
                     for part in range(1, schedule.first_columns):
-                        total += _from_global(shares_g.at[part, ms])
+                        total += mosaic.load_global(shares_g.at[part, ms])
                     mosaic.transpose(thin_s.at[wg, :, pl.ds(i * 64, 64)])[...] = total.astype(dtype)
                 plgpu.commit_smem()
 
@@ -370,7 +370,3 @@ def _kernel(
 def _wait_for(semaphore: Any, value: int) -> None:
     """Waits until a semaphore counts `value`, and leaves it there."""
     pl.semaphore_wait(semaphore, value, decrement=False)
-
-
-def _from_global(ref: Any) -> jax.Array:
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)

@@ -140,7 +140,7 @@ def backward(
             config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None, transposed=not transposed)
             tail = a_t.T if not transposed and in_ring(rank) else a_t
             dx = gemm(dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options)
-    pairs = [(x, g)] if wants.a else []
+    pairs = [(x, g)] if wants.a and g is not None else []
     pairs += [(dy, h)] if wants.b else []
     da = db = None
     if pairs:

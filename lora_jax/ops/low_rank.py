@@ -66,6 +66,7 @@ def low_rank_contract(
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     fused = None
     if choice.implementation != "xla":
+        assert choice.matrices is not None
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def many_contract(
 def _branch(spec: Contraction, many: Many) -> Any:
     def one(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
         rows = _rows(spec, many._replace(selection="gathered"), x[None], first, second, scale, index[None])
-        return lax.squeeze(rows, (0,))
+        return lax.squeeze(cast(Any, rows), (0,))
 
     @custom_vmap
     def branch(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
