@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ def many_contract(
 
 def _branch(spec: Contraction, many: Many) -> Any:
     def one(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
-        rows = _rows(spec, many._replace(selection="gathered"), x[None], first, second, scale, index[None])
-        return lax.squeeze(cast(Any, rows), (0,))
+        rows: Any = _rows(spec, many._replace(selection="gathered"), x[None], first, second, scale, index[None])
+        return rows[0]
 
     @custom_vmap
     def branch(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:

@@ -112,13 +112,12 @@ def test_several_adapters_train_at_once():
     def single(adapter, *parts):
         return sum(lj.apply(loss, plan)(params, adapter, part) for part in parts)
 
-    for name, own in (("a", parts[1:2]), ("c", parts[::2]), ("b", [])):
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(got.get("b")))
+    for name, own in (("a", parts[1:2]), ("c", parts[::2])):
         wanted = jax.jit(jax.grad(single))(adapters[name], *own)
         for y, w in zip(jax.tree.leaves(got.get(name)), jax.tree.leaves(wanted), strict=True):
-            assert np.any(w) == (name != "b")
             assert reference.excess(y, np.asarray(w), bound(w)) <= 1
-            if name != "b":
-                assert reference.excess(2 * y, np.asarray(w), bound(w)) > 1
+            assert reference.excess(2 * y, np.asarray(w), bound(w)) > 1
 
 
 def test_adapters_come_and_go_without_compiling():
