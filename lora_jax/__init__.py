@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from lora_jax import linen as linen
     from lora_jax import nnx as nnx
     from lora_jax import ops as ops
-    from lora_jax import peft as peft
     from lora_jax import optimizers as optimizers
+    from lora_jax import peft as peft
 
 __version__ = "0.1.0"
 

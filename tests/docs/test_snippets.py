@@ -4,8 +4,13 @@ The ```python blocks of one page run in order and share their names, as a reader
 A block that cannot run here says so in its first line, with the reason:
 
     ```python no-run: needs two GPUs
+
+One that shows another library, which not every environment has, names it, and so does every block that goes on from it:
+
+    ```python needs torch peft
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -27,6 +32,8 @@ def snippets(text: str) -> list[tuple[int, str]]:
         if rest.startswith("no-run"):
             if not rest.removeprefix("no-run").strip(": "):
                 raise ValueError(f"the block at line {line} is marked no-run without a reason")
+            continue
+        if rest.startswith("needs ") and not all(map(importlib.util.find_spec, rest.split()[1:])):
             continue
         body = re.sub(f"^{fence['indent']}", "", fence["body"], flags=re.MULTILINE)
         found.append((line, body))
@@ -57,5 +64,7 @@ def test_a_wrong_example_is_noticed() -> None:
 def test_blocks_that_do_not_run_say_why() -> None:
     assert snippets("```python no-run: needs two GPUs\nboom\n```\n") == []
     assert snippets("```console\n$ boom\n```\n") == []
+    assert snippets("```python needs no_such_library\nboom\n```\n") == []
+    assert [body for _, body in snippets("```python needs jax numpy\nx = 1\n```\n")] == ["x = 1\n"]
     with pytest.raises(ValueError, match="line 2"):
         snippets("```python no-run\nboom\n```\n")
