@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.adapters import Adapter as Adapter
+from lora_jax.bank import AdapterBank as AdapterBank
+from lora_jax.bank import AdapterStack as AdapterStack
 from lora_jax.combining import combine as combine
 from lora_jax.comparing import compare as compare
 from lora_jax.config import LoRAConfig as LoRAConfig
@@ -19,6 +21,7 @@ from lora_jax.explaining import explain as explain
 from lora_jax.extracting import extract as extract
 from lora_jax.functional import MaterialisedWarning as MaterialisedWarning
 from lora_jax.functional import apply as apply
+from lora_jax.many import apply_many as apply_many
 from lora_jax.merging import merge as merge
 from lora_jax.merging import unmerge as unmerge
 from lora_jax.merging import weight_norms as weight_norms
@@ -26,6 +29,8 @@ from lora_jax.planning import Plan as Plan
 from lora_jax.planning import plan as plan
 from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
+from lora_jax.slots import active_slots as active_slots
+from lora_jax.slots import per_slot as per_slot
 from lora_jax.status import layer_status as layer_status
 from lora_jax.status import model_status as model_status
 from lora_jax.status import print_trainable_parameters as print_trainable_parameters

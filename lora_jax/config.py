@@ -239,14 +239,16 @@ def _tokens(value: Any) -> Any:
 
 
 def check_ranges(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Ranges of layers as pairs. **Raises:** `ValueError` for anything else."""
     if value is None or (isinstance(value, Sequence) and not value):
         return None
-    pairs = (
-        [tuple(pair) if isinstance(pair, Sequence) else () for pair in value] if isinstance(value, Sequence) else [()]
-    )
-    if not all(len(p) == 2 and all(isinstance(n, int) for n in p) and 0 <= p[0] < p[1] for p in pairs):
-        raise ValueError(f"`layer_replication={value!r}` is no list of ranges; write e.g. [[0, 4], [2, 5]].")
-    return tuple((start, end) for start, end in pairs)
+    out = []
+    for pair in value if isinstance(value, Sequence) else [value]:
+        ends = list(pair) if isinstance(pair, Sequence) else []
+        if len(ends) != 2 or not all(isinstance(n, int) for n in ends) or not 0 <= ends[0] < ends[1]:
+            raise ValueError(f"`layer_replication={value!r}` is no list of ranges; write e.g. [[0, 4], [2, 5]].")
+        out.append((ends[0], ends[1]))
+    return tuple(out)
 
 
 def _rows(name: str, rows: Any) -> tuple[int, ...]:

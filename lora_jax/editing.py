@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,10 +90,15 @@ def rescale(adapter: Adapter, factor: float) -> Adapter:
     **Raises:** `ValueError` for a factor that is not finite, and for `modules_to_save` and DoRA, whose change is
     not linear in alpha.
     """
+    return Adapter(adapter.to_dict(), rescaled(adapter.sites, factor))
+
+
+def rescaled(sites: Sequence[Site], factor: float) -> tuple[Site, ...]:
+    """Sites of `factor` times the scale. **Raises:** as `rescale`."""
     if not math.isfinite(factor):
         raise ValueError(f"`factor={factor!r}` must be a finite number.")
-    check_only_factors(adapter.sites, "`rescale` cannot change")
-    return Adapter(adapter.to_dict(), tuple(replace(site, alpha=site.alpha * factor) for site in adapter.sites))
+    check_only_factors(sites, "`rescale` cannot change")
+    return tuple(replace(site, alpha=site.alpha * factor) for site in sites)
 
 
 def select(adapter: Adapter, target_modules: str | Sequence[str]) -> Adapter:
@@ -128,22 +134,25 @@ def rename(adapter: Adapter, name: Callable[[tuple[str, ...]], tuple[str, ...]] 
 
     **Raises:** `ValueError` for a prefix that begins no path, or if two parameters would have one name.
     """
-    if not callable(name):
-        prefixes = {tuple(old.split(".")): tuple(filter(None, new.split("."))) for old, new in name.items()}
-        paths = [site.path for site in adapter.sites]
-        if unused := [".".join(old) for old in prefixes if not any(p[: len(old)] == old for p in paths)]:
-            first_name = ".".join(paths[0]) if paths else "nothing"
-            raise ValueError(f"no adapted parameter begins with {', '.join(unused)}; the first one is {first_name}.")
-
-        def name(path: tuple[str, ...]) -> tuple[str, ...]:
-            fitting = [old for old in prefixes if path[: len(old)] == old]
-            old = max(fitting, key=len, default=None)
-            return path if old is None else (*prefixes[old], *path[len(old) :])
-
-    renamed = {site: replace(site, path=tuple(name(site.path))) for site in adapter.sites}
+    new_path = name if callable(name) else _by_prefix(name, [site.path for site in adapter.sites])
+    renamed = {site: replace(site, path=tuple(new_path(site.path))) for site in adapter.sites}
     if len({site.path for site in renamed.values()}) < len(renamed):
         raise ValueError("two parameters would have one name: " + ", ".join(sorted(s.name for s in renamed.values())))
     return _with_sites(adapter, renamed)
+
+
+def _by_prefix(prefixes: Mapping[str, str], paths: Sequence[tuple[str, ...]]) -> Callable[[tuple[str, ...]], Any]:
+    parts = {tuple(old.split(".")): tuple(filter(None, new.split("."))) for old, new in prefixes.items()}
+    if unused := [".".join(old) for old in parts if not any(p[: len(old)] == old for p in paths)]:
+        first_name = ".".join(paths[0]) if paths else "nothing"
+        raise ValueError(f"no adapted parameter begins with {', '.join(unused)}; the first one is {first_name}.")
+
+    def name(path: tuple[str, ...]) -> tuple[str, ...]:
+        fitting = [old for old in parts if path[: len(old)] == old]
+        old = max(fitting, key=len, default=None)
+        return path if old is None else (*parts[old], *path[len(old) :])
+
+    return name
 
 
 def _with_sites(adapter: Adapter, sites: Mapping[Site, Site]) -> Adapter:

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 
-from lora_jax import tracing
+from lora_jax import _compat, tracing
 from lora_jax.adapters import Adapter, as_adapter
 from lora_jax.interpret import Interpreter, site_key
 from lora_jax.ops.choice import check_implementation
 from lora_jax.ops.dropout import threshold
 from lora_jax.planning import Plan
+from lora_jax.selected import Selected, bind_mapped
 from lora_jax.sites import LORA_BIAS, MAGNITUDE, TOKENS, Site
 from lora_jax.token_rows import token_factors
 from lora_jax.weights.dora import dora_weight
@@ -37,7 +38,8 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
 
     `implementation`: of the adapted products. None lets each one run on what suits the platform, its dtypes and its
     sizes (`lora_jax.explain` shows which, and why); `"xla"` is the plain one; `"mosaic_gpu"` are fused
-    kernels for Hopper GPUs and an error, with the reason, for a product that they can't compute.
+    kernels for Hopper GPUs, `"triton"` those for Ampere, Ada and Hopper, and an error, with the reason, for a product
+    that they can't compute.
 
     **Arguments of the result:**
 
@@ -63,7 +65,10 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
             )
 
     def adapted(params: Any, adapter: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any) -> Any:
-        adapter = as_adapter(adapter, plan.sites)
+        if isinstance(adapter, Selected):
+            adapter.check(plan.sites)
+        else:
+            adapter = as_adapter(adapter, plan.sites)
         params = _with_full_copies(params, adapter)
         traced = tracing.trace(fn, params, args, kwargs)
         rate = plan.config.dropout
@@ -75,8 +80,14 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
             if not site.is_full:
                 i = where[site.path]
                 own = None if key is None else site_key(key, site)
-                inputs[i] = _virtual(site, inputs[i], adapter, own, dropout_rate=rate, implementation=implementation)
-        interpreter = Interpreter(report, drops=key is not None)
+                if isinstance(adapter, Selected):
+                    inputs[i] = adapter.weight(site, inputs[i], own, rate)
+                else:
+                    inputs[i] = _virtual(
+                        site, inputs[i], adapter, own, dropout_rate=rate, implementation=implementation
+                    )
+        bind = bind_mapped if isinstance(adapter, Selected) else _compat.bind
+        interpreter = Interpreter(report, drops=key is not None, bind=bind)
         return traced.rebuild(interpreter.run_dense(traced.jaxpr, traced.consts, inputs))
 
     return adapted
@@ -120,12 +131,18 @@ def check_params(sites: tuple[Site, ...], shapes: Mapping[tuple[str, ...], tuple
         )
 
 
-def _with_full_copies(params: Any, adapter: Adapter) -> Any:
+def _with_full_copies(params: Any, adapter: Adapter | Selected) -> Any:
     """`params` with the parameters of `modules_to_save` replaced by the adapter's trained copies."""
     full = {site.path: site for site in adapter.sites if site.is_full}
     if not full:
         return params
     paths, leaves, tree = tracing.flatten_params(params)
     check_params(tuple(full.values()), {p: x.shape for p, x in zip(paths, leaves, strict=True)})
-    swapped = [adapter.leaf(p).astype(x.dtype) if p in full else x for p, x in zip(paths, leaves, strict=True)]
+
+    def copy(path: tuple[str, ...], base: Any) -> Any:
+        if isinstance(adapter, Selected):
+            return adapter.full_copy(full[path], base)
+        return adapter.leaf(path).astype(base.dtype)
+
+    swapped = [copy(p, x) if p in full else x for p, x in zip(paths, leaves, strict=True)]
     return jax.tree.unflatten(tree, swapped)

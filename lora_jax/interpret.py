@@ -14,6 +14,7 @@ from lora_jax.sites import Site
 from lora_jax.weights.virtual import Virtual, is_virtual
 
 Report = Callable[[Virtual, str], None]
+Bind = Callable[[Any, Sequence[Any]], list[Any]]
 
 
 class Interpreter:
@@ -24,19 +25,23 @@ class Interpreter:
     - `report`: called with (weight, primitive name) whenever a weight has to be formed in full.
     - `drops`: whether dropout is on, so that loops number their steps.
     - `recorder`: what observed weights record to.
+    - `bind`: runs an equation on ordinary values.
     """
 
-    def __init__(self, report: Report, drops: bool = False, recorder: Recorder | None = None):
+    def __init__(
+        self, report: Report, drops: bool = False, recorder: Recorder | None = None, bind: Bind = _compat.bind
+    ):
         self.report = report
         self.drops = drops
         self.recorder = recorder or Recorder()
+        self.bind = bind
         self._step: Any = None
         self._outer: Interpreter | None = None
         self._uses: dict[str, int] = {}
 
     def nested(self, step: Any = None) -> Interpreter:
         """An interpreter for the body of `remat`, `cond` or one step of a loop (numbered by `step`)."""
-        inner = Interpreter(self.report, self.drops, self.recorder)
+        inner = Interpreter(self.report, self.drops, self.recorder, self.bind)
         inner._outer, inner._step, inner._uses = self, step, self._uses
         return inner
 
@@ -46,7 +51,7 @@ class Interpreter:
         for eqn in jaxpr.eqns:
             ins = [_compat.read(env, v) for v in eqn.invars]
             with _compat.named_as(eqn):
-                outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else _compat.bind(eqn, ins)
+                outs = self.apply_rule(eqn, ins) if any(map(is_virtual, ins)) else self.bind(eqn, ins)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [_compat.read(env, v) for v in jaxpr.outvars]
 
@@ -60,7 +65,7 @@ class Interpreter:
             outs = RULES[name](self, eqn, ins) if name in RULES else None
         if outs is not None:
             return outs
-        outs = _compat.bind(eqn, [self.dense(x, name) for x in ins])
+        outs = self.bind(eqn, [self.dense(x, name) for x in ins])
         same_shape = [x for x in ins if is_virtual(x) and x.base.shape == outs[0].shape]
         if len({x.kind.name for x in same_shape}) != 1:
             return outs

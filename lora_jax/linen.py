@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import DenyList
 from flax.core.scope import in_filter, union_filters
 
-from lora_jax import functional, planning
+from lora_jax import functional, many, planning
 from lora_jax.adapters import Adapter
 from lora_jax.config import LoRAConfig
 from lora_jax.ops.choice import check_implementation
@@ -112,6 +112,50 @@ class AdaptedModule:
 
     __call__ = apply
 
+    def apply_many(
+        self,
+        variables: Mapping[str, Any],
+        ids: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        in_axes: Any = 0,
+        out_axes: Any = 0,
+        collection_axes: Mapping[str, int | None] | None = None,
+        selection: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`apply` with several adapters: `variables["lora"]` is the `stack` of a `lora_jax.AdapterBank`.
+
+        Each part of the batch is computed as if alone with the adapter of its id; see `lora_jax.apply_many`, whose
+        `in_axes` is for `args`.
+
+        **Arguments:** `collection_axes`: the axis of the batch in the other collections that have one, e.g.
+        `{"cache": 0}`. Those not named are shared, and a part cannot change them (batch statistics); scalars, such as
+        a cache's index, always are. `rngs`: each part uses the model's own streams as they are.
+
+        **Raises:** as `lora_jax.apply_many`.
+        """
+        fn = _caller(self.module, method, mutable)
+        streams, key = _streams(rngs)
+        axes = dict(collection_axes or {})
+        others = _others(variables)
+        if unknown := sorted(axes.keys() - others.keys()):
+            raise ValueError(f"`collection_axes` names {unknown}, and `variables` has {sorted(variables)}.")
+
+        def with_updates(shapes: Any) -> Any:
+            def place(path: Any, leaf: Any) -> int | None:
+                return axes.get(path[0].key) if leaf.ndim else None
+
+            return out_axes, jax.tree.map_with_path(place, shapes[1])
+
+        return many.apply_many(fn, self.plan, selection=selection)(
+            variables["params"], variables[LORA], ids, others, streams, args, kwargs, key=key,
+            in_axes=({name: axes.get(name) for name in others}, None, in_axes, 0),
+            out_axes=out_axes if mutable is False else with_updates,
+        )  # fmt: skip
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Fresh variables of the base, and a fresh adapter in `"lora"` (from the `"lora"` rng, or the first)."""
         streams = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
@@ -137,7 +181,7 @@ class AdaptedModule:
         if callable(value) and inspect.getattr_static(nn.Module, name, None) is not None:
             raise AttributeError(
                 f"`{name}` would run the base without its adapter; for that, write `adapted.module.{name}`. Adapted "
-                "are `apply`, `init` and `bind`."
+                "are `apply`, `apply_many`, `init` and `bind`."
             )
         return value
 

@@ -165,9 +165,12 @@ def _refuse_not_finite(merged: Any, adapter: Adapter) -> None:
     paths, leaves, _ = tracing.flatten_params(merged)
     adapted = {site.path for site in adapter.sites}
     found = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if path in adapted]
-    if any(isinstance(leaf, jax.core.Tracer) for _, leaf in found):
-        raise ValueError("`safe=True` looks at values, which do not exist under `jax.jit`: merge outside of it.")
-    bad = [".".join(path) for path, leaf in found if not bool(jnp.isfinite(leaf).all())]
+    try:
+        bad = [".".join(path) for path, leaf in found if not bool(jnp.isfinite(leaf).all())]
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "`safe=True` looks at values, which do not exist under `jax.jit`: merge outside of it."
+        ) from error
     if bad:
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         raise ValueError(

@@ -7,13 +7,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
-from lora_jax import functional, planning
+from lora_jax import functional, many, planning
 from lora_jax.adapters import Adapter, as_adapter
+from lora_jax.bank import AdapterStack
 from lora_jax.config import LoRAConfig
 from lora_jax.merging import merge as merge_params
-from lora_jax.nnx_call import BASE_PARAMS, Call, Item
+from lora_jax.nnx_call import BASE_PARAMS, Call, Item, is_graph_node
 from lora_jax.ops.choice import check_implementation
 from lora_jax.planning import Plan
 
@@ -182,6 +184,39 @@ def set_adapter(model: AdaptedModule, adapter: Any) -> None:
     nnx.update(model.lora, state)
     if checked.sites != plan_of(model).sites:
         model.lora_plan = Static(dataclasses.replace(plan_of(model), sites=checked.sites))
+
+
+def apply_many(
+    model: AdaptedModule,
+    stack: AdapterStack,
+    ids: Any,
+    *args: Any,
+    method: str = "__call__",
+    key: jax.Array | None = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    selection: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The base of `model` with the adapters of a bank in the place of its own, as `lora_jax.apply_many` does it.
+
+    The base's state is shared by all parts of the batch. What a part changes in it has to be the same for all (the
+    counter of a random stream); statistics over the batch and caches are an error.
+
+    **Raises:** as `lora_jax.apply_many`.
+    """
+    call = Call(model.base, (), method, args, kwargs)
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or is_graph_node(x)
+
+    axes = jax.tree.leaves(jax.tree.broadcast((in_axes, 0), (args, kwargs), is_leaf=is_leaf), is_leaf=is_leaf)
+    run = many.apply_many(call.fn, plan_of(model), selection=selection)
+    out, changes = run(
+        call.params, stack, ids, call.state, call.inputs, key=key, in_axes=(None, axes), out_axes=(out_axes, None)
+    )
+    call.put_back(changes)
+    return out
 
 
 def merge(model: AdaptedModule) -> nnx.Module:

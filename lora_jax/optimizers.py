@@ -38,7 +38,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
             )
         return optax.EmptyState()
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
         def scaled(path: Any, x: Any) -> Any:
             return x if _is_slow(_compat.path_names(path), x) else (x * ratio).astype(x.dtype)
 

@@ -56,7 +56,7 @@ class Plan:
         values: dict[tuple[str, ...], Any] = {}
         if needy := [site for site in self.sites if site.is_full or site.tokens or site.dora]:
             if params is None:
-                what = "`use_dora` starts at the norms" if needy[0].dora else "what is trained in full starts at values"
+                what = "`use_dora` starts at the norms" if needy[0].dora else "the plan trains copies"
                 raise ValueError(
                     f"{what} of {', '.join(s.name for s in needy[:3])}{', …' if len(needy) > 3 else ''}: pass the base "
                     "parameters, `plan.init(key, params)`."

@@ -56,13 +56,19 @@ def excess(got: Any, want: np.ndarray, bound: Any) -> float:
 
 
 def lora_dot(
-    x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, mask: np.ndarray | None = None
+    x: np.ndarray,
+    w: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    scale: float,
+    mask: np.ndarray | None = None,
+    bias: Any = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`x·W + scale·(mask*x)·A·B` and its magnitude. `mask` is 0 or 1 / (1 - rate) per element of `x`."""
-    x, w, a, b = (np.asarray(v).astype(np.float64) for v in (x, w, a, b))
+    """`x·W + scale·(mask*x)·A·B + bias` and its magnitude. `mask` is 0 or 1 / (1 - rate) per element of `x`."""
+    x, w, a, b, bias = (np.asarray(v).astype(np.float64) for v in (x, w, a, b, bias))
     dropped = x if mask is None else x * np.asarray(mask, np.float64)
-    want = x @ w + scale * (dropped @ a) @ b
-    return want, abs(x) @ abs(w) + abs(scale) * (abs(dropped) @ abs(a)) @ abs(b)
+    want = x @ w + scale * (dropped @ a) @ b + bias
+    return want, abs(x) @ abs(w) + abs(scale) * (abs(dropped) @ abs(a)) @ abs(b) + abs(bias)
 
 
 def lora_dot_gradients(
@@ -74,7 +80,7 @@ def lora_dot_gradients(
     dy: np.ndarray,
     mask: np.ndarray | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{"x" | "w" | "a" | "b": (gradient, magnitude)}` of `sum(dy * lora_dot(...))`."""
+    """`{"x" | "w" | "a" | "b" | "bias": (gradient, magnitude)}` of `sum(dy * lora_dot(...))`."""
     x, w, a, b, dy = (np.asarray(v).astype(np.float64) for v in (x, w, a, b, dy))
     keep = np.ones_like(x) if mask is None else np.asarray(mask, np.float64)
 
@@ -85,6 +91,7 @@ def lora_dot_gradients(
             "w": x.reshape(rows.shape).T @ grad,
             "a": scale * rows.T @ (grad @ b.T),
             "b": scale * (rows @ a).T @ grad,
+            "bias": grad.sum(0),
         }
 
     exact = gradients(x, w, a, b, scale, dy)
@@ -101,6 +108,7 @@ def fused(
     dtype: Any,
     scale: float = 1.0,
     mask: np.ndarray | None = None,
+    bias: Any = 0.0,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{"y" | "x" | "a" | "b": (value, bound on |error|)}` of `lora_dot` and its gradients by fused kernels.
 
@@ -110,7 +118,7 @@ def fused(
 
     **Source:** as for `tolerance`.
     """
-    want, magnitude = lora_dot(x, w, a, b, scale, mask)
+    want, magnitude = lora_dot(x, w, a, b, scale, mask, bias)
     gradients = lora_dot_gradients(x, w, a, b, scale, dy, mask)
     x, a, b, dy = (np.asarray(v).astype(np.float64) for v in (x, a, b, dy))
     keep = np.ones_like(x) if mask is None else mask
@@ -122,7 +130,7 @@ def fused(
         "a": abs(x * keep).T @ g,
         "b": h.T @ abs(dy),
     }
-    exact = {"y": (want, magnitude), **gradients}
+    exact = {"y": (want, magnitude), **{name: gradients[name] for name in "xab"}}
     return {name: (exact[name][0], once * error + summed * exact[name][1]) for name, error in rounded.items()}
 
 

@@ -40,7 +40,7 @@ def with_tokens(config: LoRAConfig, rows: list[Row], layouts: Mapping[Path, Layo
                 f"`trainable_token_indices` needs one table that is looked up{f' called `{name}`' if name else ''}: "
                 f"{'it could be any of' if found else 'the model has'} {listed}. Write {{'name': {list(tokens)}}}."
             )
-        chosen[found[0]] = tokens
+        chosen[found[0]] = tuple(tokens)
     return [_trained(row, tables[row.path], chosen[row.path]) if row.path in chosen else row for row in rows]
 
 

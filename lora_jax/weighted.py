@@ -42,8 +42,8 @@ def _matrices(
 ) -> tuple[jax.Array, jax.Array]:
     wide = jnp.result_type(*(x for pair in pairs for x in pair))
     method = how.method.removesuffix(SVD)
-    weights = jnp.stack([jnp.asarray(w, wide) for w in weights])
-    c = weights * jnp.asarray(scales, wide)
+    w = jnp.stack([jnp.asarray(weight, wide) for weight in weights])
+    c = w * jnp.asarray(scales, wide)
     if method not in REDUCTIONS:
         left = jnp.concatenate([x * c[i] for i, (x, _) in enumerate(pairs)], -1)
         right = jnp.concatenate([y for _, y in pairs], -2)
@@ -52,7 +52,7 @@ def _matrices(
     keys = [None, None] if key is None else list(jax.random.split(key))
     if how.method.endswith(SVD):
         changes = jnp.stack([times(*pair) * scale for pair, scale in zip(pairs, scales, strict=True)])
-        u, s, vt = jnp.linalg.svd(reduce(changes, weights, keys[0]), full_matrices=False)
+        u, s, vt = jnp.linalg.svd(reduce(changes, w, keys[0]), full_matrices=False)
         return _decomposed((u, s, vt), rank, how.clamp)
     # The sign on one side: on both it would cancel.
     root = jnp.sqrt(abs(c))

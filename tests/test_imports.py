@@ -51,6 +51,13 @@ def test_lora_torch_imports_without_torch() -> None:
     python("import sys; sys.modules['torch'] = None; import lora_torch")
 
 
+def test_torch_modules_need_no_jax() -> None:
+    pytest.importorskip("torch")
+    python(
+        "import sys; import lora_torch.torchtune; assert 'jax' not in sys.modules; assert 'torchao' not in sys.modules"
+    )
+
+
 def seconds_to_import(modules: str) -> float:
     """Processor time, which a busy machine disturbs less than the clock on the wall."""
     return float(python(f"import time; t = time.process_time(); import {modules}; print(time.process_time() - t)"))

@@ -158,6 +158,11 @@ def check_values(x: Any) -> None:
     if kind_of(x) == "torch":
         if x.device.type == "meta":
             raise TypeError("a tensor on torch's meta device holds no values; load the weights first")
+        if hasattr(x, "__tensor_flatten__"):
+            raise TypeError(
+                f"a {type(x).__name__} keeps its values in other tensors; make it dense first: `.to(dtype)` "
+                "dequantises, `.full_tensor()` gathers a DTensor"
+            )
         if x.layout != _torch().strided or x.is_quantized:
             raise TypeError(f"cannot convert a tensor of layout {x.layout}, dtype {x.dtype}; make it dense first")
     shape_dtype(x)

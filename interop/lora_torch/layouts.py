@@ -178,8 +178,8 @@ class BoundLayout:
 
         return key(self) == key(other)
 
-    def to_torch(self, array: Any, ops: Ops) -> list[Any]:
-        """The PyTorch tensors of one Flax array, row-major over the split axes, each contiguous."""
+    def to_torch(self, array: Any, ops: Ops, contiguous: bool = True) -> list[Any]:
+        """The PyTorch tensors of one Flax array, row-major over the split axes; views of it if not `contiguous`."""
         cut = len(self.split_shape)
         split_axes, kept_axes = self.order[:cut], self.order[cut:]
         rank = {axis: at for at, axis in enumerate(sorted(kept_axes))}
@@ -191,7 +191,8 @@ class BoundLayout:
                 at[axis] = position
             piece = ops.transpose(array[tuple(at)] if cut else array, perm)
             piece = ops.flip(piece, self.flips) if self.flips else piece
-            pieces.append(ops.contiguous(ops.reshape(piece, self.torch_shape)))
+            piece = ops.reshape(piece, self.torch_shape)
+            pieces.append(ops.contiguous(piece) if contiguous else piece)
         return pieces
 
     def from_torch(self, pieces: list[Any], ops: Ops) -> Any:

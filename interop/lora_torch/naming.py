@@ -13,7 +13,6 @@ counts: the caller's before the preset's, and among the caller's the exact ones 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from functools import cached_property
 
 from .layouts import CONV, HEADS_BIAS, HEADS_FIRST, HEADS_IN, HEADS_OUT, LINEAR, SAME, Layout
 from .patterns import Pattern
+from .patterns import nearest as nearest
 from .rules import STACK_LABELS, Preset, Rule, Target
 
 Path = tuple[str, ...]
@@ -228,12 +228,6 @@ def module_index(
                 )
             out[module] = (tuple(path), index)
     return out
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; nearest: …"`, or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f"; nearest: {', '.join(close)}" if close else ""
 
 
 def _module(name: str) -> str:

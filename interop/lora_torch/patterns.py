@@ -9,8 +9,9 @@ A target holds the same wildcards in the same order and receives what each of th
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,3 +81,9 @@ class Pattern:
             out += [target[at : match.start()], piece + dot]
             at = match.end()
         return "".join(out) + target[at:]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; nearest: …"`, or nothing if no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f"; nearest: {', '.join(close)}" if close else ""

@@ -10,6 +10,9 @@ Ours, over named axes (see `lora_jax.sites`): A (*lead, *in, r), B (*lead, r, *o
 One parameter may be several modules: stacked layers and fused projections are split. Where the two sides cannot
 share one A (a fused kernel read from separate modules; a grouped convolution), the exact form is a block
 structure of a larger rank with the scale kept.
+
+Factors are numpy arrays. Those of linear layers may be jax or torch arrays as well, as long as no blocks are needed
+(`Placement.is_plain`): then no values leave their device.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.sites import LORA_BIAS, Atom, Site
+
+from .arrays import kind_of, ops_of
 
 RANK = "rank"
 Axis = Atom | str
@@ -54,6 +59,11 @@ class Placement:
         return tuple(atom for atom in self.site.atoms_of("l") if atom not in self.split)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each torch module is a linear layer with factors of its own, which only change their axes."""
+        return self.kind == "linear" and set(self.split) <= set(self.site.atoms_of("l"))
+
+    @property
     def groups(self) -> int:
         return self.site.groups if self.kind == "conv" else 1
 
@@ -77,8 +87,8 @@ class Factors:
     `vectors`: what is trained beside them, one number for each output, by the name of its leaf here.
     """
 
-    a: np.ndarray
-    b: np.ndarray
+    a: Any
+    b: Any
     scale: float
     experts: int = 1
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -137,8 +147,8 @@ def tied(factors: Factors) -> Factors:
 class Joined:
     """Our factors of one site: arrays of `site.a_shape`, `site.b_shape` at rank `rank`; of `site.vector_shape`."""
 
-    a: np.ndarray
-    b: np.ndarray
+    a: Any
+    b: Any
     rank: int
     scale: float
     vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -166,8 +176,9 @@ def from_modules(place: Placement, modules: Mapping[str, Factors]) -> Joined:
     layers = [_fuse(list(row)) for row in rows]
     rank = max(a.shape[-1] for a, _ in layers)
     # One array over (lead..., experts..., in..., r) and (lead..., experts..., r, fused..., out...).
-    a = np.stack([_pad(x, -1, rank) for x, _ in layers])
-    b = np.stack([_pad(x, len(place.experts), rank) for _, x in layers])
+    ops = ops_of(kind_of(layers[0][0]))
+    a = ops.stack([_pad(x, -1, rank) for x, _ in layers])
+    b = ops.stack([_pad(x, len(place.experts), rank) for _, x in layers])
     sizes = [atom.size for atom in lead]
     a = a.reshape(*sizes, *a.shape[1:])
     inner_shape = b.shape[1 : 1 + len(place.experts) + 1]
@@ -197,9 +208,10 @@ def _join_vectors(place: Placement, modules: Mapping[str, Factors], scale: float
     return out
 
 
-def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[Any, Any]:
     """One module's factors as (experts..., in..., r) and (experts..., r, out) at the common scale."""
     a, b = found.a, found.b
+    ops = ops_of(kind_of(a))
     if found.scale != scale:
         b = fold(b, found.scale / scale, name)
     counts, inner = [x.size for x in place.experts], [x.size for x in place.inner]
@@ -209,19 +221,20 @@ def _inward(place: Placement, name: str, found: Factors, scale: float) -> tuple[
     rank = a.shape[0] // math.prod(counts)
     e, r, i = len(counts), 1, len(inner)
     a = a.reshape(*counts, rank, *inner)
-    a = a.transpose([*range(e), *range(e + r, e + r + i), e])
+    a = ops.transpose(a, (*range(e), *range(e + r, e + r + i), e))
     b = b.reshape(place.out_size, rank, *counts)
-    return a, b.transpose([*range(2, 2 + e), 1, 0])
+    return a, ops.transpose(b, (*range(2, 2 + e), 1, 0))
 
 
-def _fuse(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _fuse(pieces: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
     """Pieces that share an input, as one A and a B over (experts..., r, piece, out)."""
-    first = pieces[0][0]
+    first, last = pieces[0]
+    if len(pieces) == 1:
+        return first, last.reshape(*last.shape[:-1], 1, last.shape[-1])
     if all(a.shape == first.shape and np.array_equal(a, first) for a, _ in pieces):
         return first, np.stack([b for _, b in pieces], axis=-2)
     ranks = [a.shape[-1] for a, _ in pieces]
     total, at = sum(ranks), np.cumsum([0, *ranks])
-    last = pieces[0][1]
     b = np.zeros((*last.shape[:-2], total, len(pieces), last.shape[-1]), last.dtype)
     for n, (_, piece) in enumerate(pieces):
         b[..., at[n] : at[n + 1], n, :] = piece
@@ -267,10 +280,10 @@ def take(array: np.ndarray, axes: Sequence[Axis], at: Mapping[Any, int], order: 
     """`array` with the axes in `at` indexed away and the others in `order`."""
     rest = [axis for axis in axes if axis not in at]
     kept = array[tuple(at.get(axis, slice(None)) for axis in axes)]
-    return kept.transpose([rest.index(axis) for axis in order])
+    return ops_of(kind_of(kept)).transpose(kept, tuple(rest.index(axis) for axis in order))
 
 
-def _pad(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+def _pad(array: Any, axis: int, size: int) -> Any:
     missing = [(0, 0)] * array.ndim
     missing[axis] = (0, size - array.shape[axis])
     return np.pad(array, missing) if missing[axis][1] else array

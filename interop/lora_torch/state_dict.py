@@ -37,6 +37,7 @@ def to_torch_state_dict(
     ignore: Sequence[str] = (),
     kind: Kind = "numpy",
     copy: bool = False,
+    contiguous: bool = True,
 ) -> dict[str, Any]:
     """Converts Flax parameters to a PyTorch state dict.
 
@@ -54,8 +55,10 @@ def to_torch_state_dict(
     - `copy`: False lets results share memory with `params` (see `lora_torch.arrays`): load them, do not write to
         them in place, and drop them before a jitted step that donates `params`. True makes every array
         independent.
+    - `contiguous`: False leaves a transposed kernel a strided view of `params`, so that nothing is copied and one base
+        serves both libraries; safetensors files and `view` want contiguous tensors.
 
-    **Returns:** PyTorch names to contiguous arrays of unchanged dtype, in the order of the tree's leaves.
+    **Returns:** PyTorch names to arrays of unchanged dtype, in the order of the tree's leaves.
 
     **Raises:** `StateDictError` listing every unknown layout, name clash, broken tie, rule that matches nothing and
     (with `like`) missing, unexpected or misshapen name. `TypeError` for leaves that are not arrays.
@@ -84,7 +87,7 @@ def to_torch_state_dict(
     state: dict[str, Any] = {}
     parts: dict[str, dict[int, tuple[Any, int]]] = {}
     for entry in entries:
-        pieces = entry.layout.to_torch(convert(entry.leaf.value, kind), ops)
+        pieces = entry.layout.to_torch(convert(entry.leaf.value, kind), ops, contiguous)
         for name, piece in zip(entry.names, pieces, strict=True):
             if entry.part is None:
                 state[name] = ops.copy(piece) if copy else piece

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "diff": Command("lora_jax.cli.diff:diff", "compare two PEFT adapter directories, module by module"),
     "combine": Command("lora_jax.cli.combine:combine", "combine PEFT adapters into one: cat, svd, ties, dare ..."),
     "extract": Command("lora_jax.cli.extract:extract", "extract a PEFT adapter from a base and its full fine-tuning"),
+    "tune": Command("lora_jax.cli.tune:tune", "measure which kernels are the fastest on the GPU here, and keep it"),
     "merge": Command("lora_jax.cli.merge:merge", "merge a PEFT LoRA adapter into a Hugging Face base directory"),
 }
 

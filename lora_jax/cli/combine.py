@@ -56,8 +56,9 @@ def combine(
         majority_sign=majority_sign,
         key=None if seed is None else jax.random.key(seed),
     )
-    about = {key: read[0].config.get(key) for key in ("base_model_name_or_path", "task_type")}
-    save_peft(made, out_dir, **about)
+    config = read[0].config
+    base, task = config.get("base_model_name_or_path"), config.get("task_type")
+    save_peft(made, out_dir, base_model_name_or_path=base, task_type=task)
     if layout == {True}:
         say_fan_in_fan_out(out_dir)
     out = console()

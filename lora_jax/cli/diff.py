@@ -80,8 +80,8 @@ def module_diff(name: str, one: LowRank, two: LowRank) -> ModuleDiff:
         return ModuleDiff(name, one.rank, two.rank, norm1, norm2, math.nan, math.nan, note=note)
     (b1, a1), (b2, a2) = one.matrices(), two.matrices()
     found = difference(name, (a1.T, one.scaling * b1.T), (a2.T, two.scaling * b2.T))
-    angles = [math.degrees(each[0]) if each.size else math.nan for each in (found.angles_in, found.angles_out)]
-    return ModuleDiff(name, one.rank, two.rank, norm1, norm2, found.cosine, found.relative, *angles)
+    inward, outward = (math.degrees(a[0]) if a.size else math.nan for a in (found.angles_in, found.angles_out))
+    return ModuleDiff(name, one.rank, two.rank, norm1, norm2, found.cosine, found.relative, inward, outward)
 
 
 def _total(rows: list[ModuleDiff]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jax import lax
 
 # Pallas of jax 0.10 finds no layout for a result that is stored transposed.
 STORES_TRANSPOSED = jax.__version_info__ >= (0, 11)
+_WHOLE = () if jax.__version_info__ >= (0, 11) else ((),)
 
 
 def shared(shape: tuple[int, ...], dtype: Any, summed: int = 64) -> Any:
@@ -38,8 +39,13 @@ def transpose(ref: Any) -> Any:
 
 def load(ref: Any) -> jax.Array:
     """Reads shared memory into registers, laid out as a product's result is."""
-    index = () if jax.__version_info__ >= (0, 11) else ((),)
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA)
+    return plgpu.load(ref, *_WHOLE, layout=plgpu.Layout.WGMMA)
+
+
+def load_row(ref: Any) -> jax.Array:
+    """Reads a vector in global memory into registers, laid out as a row of a product's result is: each value in
+    the threads that need it, so that broadcasting over rows costs nothing."""
+    return plgpu.load(ref, *_WHOLE, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
 def compiler_params() -> Any:

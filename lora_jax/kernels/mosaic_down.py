@@ -63,13 +63,13 @@ def down(
         shape, dtype = (c.splits, *shape), jnp.float32
     operands = [x, a_t, *([] if seed is None else [seed])]
 
-    def body(x_g, a_g, *rest):
+    def lora_down(x_g, a_g, *rest):
         _kernel(
             x_g, a_g, rest[0] if seed is not None else None, rest[-1], config=c, by_rank=by_rank, threshold=threshold
         )
 
     out = plgpu.kernel(
-        body,
+        lora_down,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(blocks, c.splits),
         grid_names=("rows", "split"),

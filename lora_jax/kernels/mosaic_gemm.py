@@ -1,4 +1,4 @@
-"""Hopper: `y = x·W + thin·tail`, a matrix product with a low-rank tail, in one store of `y`.
+"""Hopper: `y = x·W + thin·tail (+ bias)`, a matrix product with a low-rank tail, in one store of `y`.
 
 Letters, the same in every kernel file:
     M rows (tokens)    K contracted features    N output features    R rank, padded to 16 or a multiple of 64
@@ -28,9 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
-from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import K_TILE, GemmConfig, in_ring, rank_of, unsupported
-from lora_jax.kernels.mosaic_dropout import Mask
+from lora_jax.kernels.mosaic_store import bias_pieces, padded_bias, store_tile
 
 MEMORY_REGISTERS = 40
 
@@ -43,6 +42,7 @@ def gemm(
     config: GemmConfig,
     *,
     transposed: bool = False,
+    bias: jax.Array | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     sms: int = 132,
@@ -52,25 +52,25 @@ def gemm(
 
     `thin` and `tail` are (M, R) and (R, N), or (N, R) if `transposed`, for R a multiple of 64, else (R, M or more) and
     (R, N). bfloat16 or float16 throughout, sums in float32, rounded once. With a `seed` (see `mosaic_dropout.Mask`),
-    `thin·tail` is masked and rescaled. **Raises:** `ValueError` for shapes that the kernel can't take.
+    `thin·tail` is masked and rescaled. `bias`: (N,), of `x`'s dtype or float32, added to the sums before they are
+    rounded. **Raises:** `ValueError` for shapes that the kernel can't take.
     """
     (m, k), n = x.shape, w.shape[0] if transposed else w.shape[1]
     rank = 0 if thin is None else rank_of(thin)
     problem = unsupported(m, k, n, rank, config, masked=seed is not None)
     if problem:
         raise ValueError(problem)
-    operands = [x, w, *([] if thin is None else [thin, tail]), *([] if seed is None else [seed])]
+    given = {"thin_g": thin, "tail_g": tail, "bias_g": padded_bias(bias, config.block[1]), "seed_g": seed}
+    given = {name: operand for name, operand in given.items() if operand is not None}
 
-    def body(x_g, w_g, *rest):
-        *rest, y_g = rest
-        thin_g, tail_g = rest[:2] if rank else (None, None)
+    def lora_gemm(x_g, w_g, *rest):
         _kernel(
-            x_g, w_g, thin_g, tail_g, rest[2] if seed is not None else None, y_g,
+            x_g, w_g, rest[-1], **dict(zip(given, rest, strict=False)),
             rank=rank, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
     return plgpu.kernel(
-        body,
+        lora_gemm,
         out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
         grid=(sms // 2 if config.cluster else sms,),
         grid_names=("blocks",),
@@ -80,11 +80,12 @@ def gemm(
         thread_name="wg",
         compiler_params=mosaic.compiler_params(),
         **mosaic.interpreted(interpret),
-    )(*operands)
+    )(x, w, *given.values())
 
 
 def _kernel(
-    x_g, w_g, thin_g, tail_g, seed_g, y_g, *, rank: int, config: GemmConfig, transposed: bool, threshold: int
+    x_g, w_g, y_g, *, thin_g: Any = None, tail_g: Any = None, bias_g: Any = None, seed_g: Any = None,
+    rank: int, config: GemmConfig, transposed: bool, threshold: int,
 ):  # fmt: skip
     c = config
     dtype = x_g.dtype
@@ -211,10 +212,10 @@ def _kernel(
             my_m, my_n = c.tile_m * (c.split == "m"), c.tile_n * (c.split == "n")
 
             def lhs(slot, i=None):
-                """My rows of `x` in a slot, or the `i`-th 64 of them."""
+                """My rows of `x` in a slot, or 64 of them from `i` on."""
                 if i is None and c.split != "m":
                     return x_s.at[slot]
-                return x_s.at[slot, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)]
+                return x_s.at[slot, pl.ds(wg * my_m + (i or 0), c.tile_m if i is None else 64)]
 
             def rhs(slot, j=None, width=0):
                 """My columns of `W` in a slot, or `width` of them from `j` on."""
@@ -228,7 +229,7 @@ def _kernel(
             def tail_lhs(i=None):
                 if i is None and c.split != "m":
                     return mosaic.transpose(thin_s)
-                return mosaic.transpose(thin_s.at[:, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)])
+                return mosaic.transpose(thin_s.at[:, pl.ds(wg * my_m + (i or 0), c.tile_m if i is None else 64)])
 
             def tail_rhs(j=None, width=0):
                 mine = tail_s.at[wg if c.split == "n" else 0]
@@ -238,6 +239,7 @@ def _kernel(
             def _(turn):
                 m0, n0 = tile_of(turn)
                 first = turn * steps
+                bias = bias_pieces(bias_g, n0 + wg * my_n, c.tile_n, c.store_n)
 
                 def slot_of(step):
                     return lax.rem(first + step, c.stages)
@@ -272,7 +274,7 @@ def _kernel(
                 for step in range(mixed, steps):
                     plgpu.barrier_wait(full.at[team * c.stages + slot_of(step)])
 
-                def masked_tail(i, j, mask):
+                def low_rank(i, j):
                     def multiply(acc):
                         if own_tail:
                             plgpu.wgmma(acc, tail_lhs(i), tail_rhs(j, c.store_n))
@@ -281,26 +283,12 @@ def _kernel(
                         plgpu.wgmma_wait(0)
                         return acc[...]
 
-                    low = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
-                    return jnp.where(mask(j), low * rescaling(threshold), 0.0)
+                    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
 
-                for i in range(c.tile_m // 64):
-                    rows = m0 + wg * my_m + i * 64
-                    mask = None
-                    if seed_g is not None:
-                        column = n0 + wg * my_n
-                        aligned = c.tile_n % 128 == 0
-                        mask = Mask(seed_g, rows, column, (64, c.store_n), threshold, aligned=aligned)
-                    for number, j in enumerate(range(0, c.tile_n, c.store_n)):
-                        value = result[i * 64 : (i + 1) * 64, j : j + c.store_n]
-                        if seed_g is not None:
-                            value += masked_tail(i, j, mask)
-                        slot = (i * (c.tile_n // c.store_n) + number) % c.store_slots
-                        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
-                        y_s[wg, slot] = value.astype(dtype)
-                        plgpu.commit_smem()
-                        columns = pl.ds(n0 + wg * my_n + j, c.store_n)
-                        plgpu.copy_smem_to_gmem(y_s.at[wg, slot], y_g.at[pl.ds(rows, 64), columns])
+                store_tile(
+                    result, y_g, y_s.at[wg], m0 + wg * my_m, n0 + wg * my_n,
+                    bias=bias, seed_g=seed_g, threshold=threshold, low_rank=low_rank,
+                )  # fmt: skip
                 for step in range(mixed, steps):
                     plgpu.barrier_arrive(free.at[slot_of(step)])
                 if own_tail and seed_g is not None:

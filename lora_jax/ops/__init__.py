@@ -7,3 +7,4 @@ from lora_jax.ops.dropout import dropout as dropout
 from lora_jax.ops.lora_dot import explain as explain
 from lora_jax.ops.lora_dot import lora_dot as lora_dot
 from lora_jax.ops.low_rank import low_rank_contract as low_rank_contract
+from lora_jax.ops.tune import tune as tune

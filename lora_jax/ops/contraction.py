@@ -24,6 +24,8 @@ class Contraction:
     first: Axes
     second: Axes
     y: Axes
+    # Of the bias, which lie in `y`; empty without one.
+    bias: Axes = ()
     summed: Axes = ()
     precision: Any = None
     preferred_element_type: Any = None

@@ -5,11 +5,13 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     unsupported(m, k, n, rank, dtype) -> why it can't compute these sizes, or None
     slower(m, k, n, rank, dtype, dropped, device_kind) -> why XLA is faster there, or None (optional)
     h_layout(rank) -> (whether `h` is (R', M') and not (M', R'), R')
-    forward(x, w, a, b, drop, transposed=) -> (y, h)
+    forward(x, w, a, b, drop, transposed=, bias=) -> (y, h); bias (N,) or None, of x's dtype or float32, is added to
+        the float32 sums before they are rounded
     backward(dy, x, w, a, b, h, drop, transposed=, wants=) -> (dx, da, db), da and db in float32
     Drop(seed, threshold): `seed` is four int32: the key's two words, and the first row and column of `x` in
         the whole array, the column a multiple of 128
     Wants(x, a, b)
+    stages(m, k, n, rank, dtype, threshold) -> what of it `tune` can tune, as `lora_jax.kernels.stage.Stage`s (optional)
 
 `h` may come back with as few as M rows. Modules are imported when they are first needed: Pallas takes its time.
 """
@@ -40,9 +42,11 @@ class Family:
             return f"its kernels can't be imported: {error}"
 
 
+# The first that nothing speaks against is taken.
 # Tests put a family of reference kernels here, under a name of its own or in the place of one of these.
 FAMILIES: dict[str, Family] = {
     "mosaic_gpu": Family("lora_jax.kernels.mosaic_lora", ("cuda",), "a Hopper GPU (H100, H200)", ((9, 0), (9, 0))),
+    "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere, Ada or Hopper GPU", ((8, 0), (9, 0))),
 }
 
 

@@ -7,6 +7,7 @@ operands may be split over devices, the part of each device; on one device, the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,9 @@ class Fused:
     def spec(self) -> Contraction:
         m = self.matrices
         return Contraction(
-            x=self.x, w=self.w, first=self.a, second=self.b, y=self.y, summed=m.inner, dropout_rate=self.dropout_rate
-        )
+            x=self.x, w=self.w, first=self.a, second=self.b, y=self.y, bias=m.outer, summed=m.inner,
+            dropout_rate=self.dropout_rate,
+        )  # fmt: skip
 
     @property
     def x(self) -> Axes:
@@ -74,19 +76,22 @@ class Fused:
     def _layout(self) -> tuple[bool, int]:
         return kernels(self.family).h_layout(self.matrices.rank_size)
 
-    def forward(self, x: Any, w: Any, a: Any, b: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
+    def forward(self, x: Any, w: Any, a: Any, b: Any, bias: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
         """`(y, h)` of whole operands, which may be split over devices."""
-        operands = (x, w, a, b) if seed is None else (x, w, a, b, seed)
-        axes = (self.x, self.w, self.a, self.b, ("seed",))[: len(operands)]
-
         inner = self.matrices.inner
+        axes = (self.x, self.w, self.a, self.b, self.matrices.outer, ("seed",))
+        operands, axes, every = _given((x, w, a, b, bias, seed), axes)
 
         def local(split: Split, *parts: Any) -> tuple[jax.Array, ...]:
-            return tuple(split.add(out, inner) for out in self._forward(split, *parts))
+            return added(split, self._forward, *every(parts))
 
         def by_xla(split: Split, *parts: Any) -> tuple[jax.Array, ...]:
-            block = _block(split, self.x, parts[0])
-            return tuple(split.add(out, inner) for out in self._plain_forward(block, *parts))
+            return added(split, self._plain_forward, *every(parts))
+
+        def added(split: Split, run: Any, x: Any, w: Any, a: Any, b: Any, bias: Any, seed: Any) -> Any:
+            # Where the results of several devices are added, one of them adds the bias.
+            bias = None if bias is None else split.once(bias, inner)
+            return tuple(split.add(out, inner) for out in run(split, x, w, a, b, bias, seed))
 
         run = partition.split_over_devices(
             local, by_xla, self._anywhere, self.matrices, axes, (self.y, self.h), wishes=(0, 1, 0), summed=inner
@@ -98,8 +103,8 @@ class Fused:
         self, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any, wants: Wants
     ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
         """Gradients of whole operands: of `x` in its dtype, of `a` and `b` in float32."""
-        operands = (dy, x, w, a, b, h) if seed is None else (dy, x, w, a, b, h, seed)
-        axes = (self.y, self.x, self.w, self.a, self.b, self.h, ("seed",))[: len(operands)]
+        axes = (self.y, self.x, self.w, self.a, self.b, self.h, ("seed",))
+        operands, axes, every = _given((dy, x, w, a, b, h, seed), axes)
         m = self.matrices
         unseen = (m.outer, (*m.rows, *m.outer), m.rows)
         out = [group for group, wanted in zip((self.x, self.a, self.b), wants, strict=True) if wanted]
@@ -108,10 +113,10 @@ class Fused:
             return tuple(split.add(g, axes) for g, axes in zip(gradients, unseen, strict=True) if g is not None)
 
         def local(split: Split, *parts: Any) -> tuple[jax.Array, ...]:
-            return added(split, self._backward(split, wants, *parts))
+            return added(split, self._backward(split, wants, *every(parts)))
 
         def by_xla(split: Split, *parts: Any) -> tuple[jax.Array, ...]:
-            return added(split, self._plain_backward(_block(split, self.x, parts[1]), wants, *parts))
+            return added(split, self._plain_backward(split, wants, *every(parts)))
 
         run = partition.split_over_devices(
             local, by_xla, self._anywhere, m, axes, tuple(out), wishes=(0, 2, 0, 1), summed=()
@@ -137,16 +142,19 @@ class Fused:
 
     # One device's part ----------------------------------------------------------------------------------------------
 
-    def _forward(self, split: Split, x: Any, w: Any, a: Any, b: Any, seed: Any = None) -> tuple[Any, Any]:
-        block = _block(split, self.x, x)
+    def _forward(self, split: Split, x: Any, w: Any, a: Any, b: Any, bias: Any, seed: Any) -> tuple[Any, Any]:
         module, sizes = self._module_for(split, x, b)
         if module is None:
-            return self._plain_forward(block, x, w, a, b, seed)
+            return self._plain_forward(split, x, w, a, b, bias, seed)
         m, k, n, r = sizes
         y, h = module.forward(
             x.reshape(m, k), w.reshape((n, k) if self.matrices.transposed else (k, n)), a.reshape(k, r),
-            b.reshape(r, n), self._drop(module, block, x, seed), transposed=self.matrices.transposed,
+            b.reshape(r, n), self._drop(module, split, x, seed), transposed=self.matrices.transposed,
+            **({} if bias is None else {"bias": bias.reshape(n)}),
         )  # fmt: skip
+        # In a scan XLA would let the kernel write what is kept of `y` where it is kept, and run it a second time for
+        # whoever else reads `y`.
+        y, h = lax.optimization_barrier((y, h))
         # Inside `shard_map` a kernel's results are typed as the same on all devices.
         y, h, *_ = _compat.vary_alike(y, h, x, w, a, b)
         rows = x.shape[: len(self.matrices.rows)]
@@ -155,18 +163,17 @@ class Fused:
         return y.reshape(*rows, *b.shape[1:]), h
 
     def _backward(
-        self, split: Split, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any = None
+        self, split: Split, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any
     ) -> tuple[Any, Any, Any]:
-        block = _block(split, self.x, x)
         module, sizes = self._module_for(split, x, b)
         if module is None:
-            return self._plain_backward(block, wants, dy, x, w, a, b, h, seed)
+            return self._plain_backward(split, wants, dy, x, w, a, b, h, seed)
         m, k, n, r = sizes
         rank_first, thin = self._layout
         dx, da, db = module.backward(
             dy.reshape(m, n), x.reshape(m, k), w.reshape((n, k) if self.matrices.transposed else (k, n)),
             a.reshape(k, r), b.reshape(r, n), h.reshape((thin, m) if rank_first else (m, thin)),
-            self._drop(module, block, x, seed), transposed=self.matrices.transposed, wants=module.Wants(*wants),
+            self._drop(module, split, x, seed), transposed=self.matrices.transposed, wants=module.Wants(*wants),
         )  # fmt: skip
         dx, da, db, *_ = _compat.vary_alike(dx, da, db, dy, x, w, a, b)
         shapes = (x.shape, a.shape, b.shape)
@@ -188,10 +195,10 @@ class Fused:
             return None, sizes
         return (None if module.unsupported(*sizes, self.dtype) else module), sizes
 
-    def _drop(self, module: Any, block: Block, x: Any, seed: Any) -> Any:
+    def _drop(self, module: Any, split: Split, x: Any, seed: Any) -> Any:
         if seed is None:
             return None
-        rows = len(self.matrices.rows)
+        block, rows = _block(split, self.x, x), len(self.matrices.rows)
         firsts = (
             jnp.asarray(origin[0] * math.prod(whole[1:]) if whole else 0, jnp.int32)
             for whole, origin in (
@@ -201,17 +208,28 @@ class Fused:
         )
         return module.Drop(jnp.stack([seed[0], seed[1], *firsts]), threshold(self.dropout_rate))
 
-    def _plain_forward(self, block: Block, x: Any, w: Any, a: Any, b: Any, seed: Any = None) -> tuple[Any, Any]:
-        y, h = plain.forward(self.spec, x, w, a, b, seed, block)
+    def _plain_forward(self, split: Split, x: Any, w: Any, a: Any, b: Any, bias: Any, seed: Any) -> tuple[Any, Any]:
+        y, h = plain.forward(self.spec, x, w, a, b, seed, _block(split, self.x, x), bias)
         rank_first, thin = self._layout
         h = jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, thin - h.shape[-1])])
         return y, jnp.moveaxis(h, -1, 0) if rank_first else h
 
     def _plain_backward(
-        self, block: Block, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any = None
+        self, split: Split, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any, seed: Any
     ) -> tuple[Any, Any, Any]:
         h = jnp.moveaxis(h, 0, -1) if self._layout[0] else h
-        return plain.backward(self.spec, dy, x, w, a, b, h[..., : b.shape[0]], seed, wants, block)
+        return plain.backward(self.spec, dy, x, w, a, b, h[..., : b.shape[0]], seed, wants, _block(split, self.x, x))
+
+
+def _given(operands: tuple[Any, ...], axes: tuple[Axes, ...]) -> tuple[list[Any], list[Axes], Any]:
+    """The operands that are there, their axes, and a function from these (or others in their place) to all of them."""
+    there = [i for i, operand in enumerate(operands) if operand is not None]
+
+    def every(given: Sequence[Any]) -> list[Any]:
+        place = dict(zip(there, given, strict=True))
+        return [place.get(i) for i in range(len(operands))]
+
+    return [operands[i] for i in there], [axes[i] for i in there], every
 
 
 def _block(split: Split, axes: Axes, x: Any) -> Block:

@@ -20,6 +20,7 @@ def lora_dot(
     a: Float[Array, "d_in rank"],
     b: Float[Array, "rank d_out"],
     *,
+    bias: Float[Array, " d_out"] | None = None,
     scale: float | jax.Array = 1.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
@@ -29,20 +30,22 @@ def lora_dot(
 ) -> Float[Array, "*batch d_out"]:
     """Applies a frozen kernel and its low-rank correction without merging them.
 
-    Computes `x @ kernel + scale * (drop(x) @ a) @ b`.
+    Computes `x @ kernel + scale * (drop(x) @ a) @ b (+ bias)`.
 
     **Arguments:**
 
     - `x`: activations; `kernel`: frozen weight in Flax order (PyTorch stores the transpose).
     - `a`, `b`: factors, any float dtype; cast to `x`'s dtype for the products.
+    - `bias`: any float dtype, frozen or trained: its gradient is the column sum of the result's, in float32.
     - `scale`: `alpha / rank`, without unit.
     - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key. `x`'s last axis is the
       mask's columns, all others its rows (`lora_jax/ops/dropout.py`).
     - `implementation`: `None` chooses by platform, dtypes and sizes (`explain` says which, and why); `"xla"` is
-      the plain one, `"mosaic_gpu"` fused kernels for Hopper GPUs.
+      the plain one, `"mosaic_gpu"` fused kernels for Hopper GPUs, `"triton"` those for Ampere, Ada and Hopper
+      (`lora-jax[triton]`).
 
     **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
-    `x @ a` and the result are rounded once, by XLA `x @ kernel` and the branch as well.
+    `x @ a` and the result, bias included, are rounded once, by XLA `x @ kernel` and the branch as well.
 
     **Raises:** `ValueError` if inner dimensions disagree, or the implementation is unknown or can't run, with the
     reason.
@@ -54,7 +57,9 @@ def lora_dot(
     (2, 3)
     """
     spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
-    return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation)
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ValueError(f"`bias` has shape {bias.shape}; expected {kernel.shape[1:]}, of kernel {kernel.shape}.")
+    return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation, bias=bias)
 
 
 def explain(
@@ -80,6 +85,7 @@ def explain(
     >>> print(explain(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))))  # on a CPU
     xla
       not mosaic_gpu: needs a Hopper GPU (H100, H200); the platform here is cpu
+      not triton: needs an Ampere, Ada or Hopper GPU; the platform here is cpu
     """
     spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
     sizes = axis_sizes((spec.x, x.shape), (spec.w, kernel.shape), (spec.first, a.shape))
@@ -101,6 +107,6 @@ def _described(
         threshold(dropout_rate)
     rows = tuple(f"m{i}" for i in range(x.ndim - 1))
     return Contraction(
-        x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"),
+        x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"), bias=("n",),
         precision=precision, preferred_element_type=preferred_element_type, dropout_rate=dropout_rate,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`y = x·W + s·(drop(x)·A)·B` over named axes, with its own derivative.
+"""`y = x·W + s·(drop(x)·A)·B (+ bias)` over named axes, with its own derivative.
 
 Every adapted matrix product of a model ends here, whatever its axes: plain, batched, with heads, with the weight
 first, or against a transposed weight. Names replace positions. One `custom_vjp` serves every implementation: XLA's five
@@ -37,12 +37,16 @@ def low_rank_contract(
     key: jax.Array | None = None,
     implementation: str | None = None,
     name: str = "",
+    *,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
-    """`contract(x, w) + scale * contract(contract(drop(x), first), second)`, of `x·w`'s dtype.
+    """`contract(x, w) + scale * contract(contract(drop(x), first), second) (+ bias)`, of `x·w`'s dtype.
 
     `first` and `second` are cast to `x`'s dtype; every product accumulates in float32. By XLA each is rounded on its
     own: `x·first` to that dtype, then `x·w` and the branch to the result's dtype, and their sum once more (in bfloat16
     an rms error of about 2.6e-3 of the result, where one rounding alone has 1.7e-3); kernels round the sum alone.
+    `bias`, of axes `spec.bias`, is added in float32 to what is summed last. Inside `shard_map` a row-parallel caller,
+    who adds the results of several devices, gives it to one of them.
     `scale` is folded into `second` in float32 (rank·N work, not M·N). The backward pass keeps `x`, the weights and
     `x·first`, forms the gradient of `w` only where somebody asks for it, and nothing of the size of `y` beyond the
     cotangent itself. Reverse mode only (a `custom_vjp`).
@@ -58,10 +62,10 @@ def low_rank_contract(
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
     # A number stays one of numpy's: as an array of jax it would be an operation of its own at every site.
     factor = scale if isinstance(scale, jax.Array) else np.asarray(scale)
-    operands = _compat.vary_alike(x, w, first, second, factor.astype(wide(x.dtype)))
+    operands = _compat.vary_alike(x, w, first, second, factor.astype(wide(x.dtype)), bias)
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     fused = None
-    if choice.matrices is not None:
+    if choice.implementation != "xla":
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
@@ -90,13 +94,15 @@ class _Product:
     spec: Contraction
     fused: Fused | None
 
-    def forward(self, x: Any, w: Any, first: Any, up: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
+    def forward(self, x: Any, w: Any, first: Any, up: Any, bias: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
         """`(y, h)`: the result and what the way back needs."""
         spec, fused = self.spec, self.fused
         if fused is None:
-            return plain.forward(spec, x, w, first, up, seed)
-        y, h = fused.forward(_short(x), _short(w), *self._factors(first, up), seed)
+            return plain.forward(spec, x, w, first, up, seed, bias=bias)
         m = fused.matrices
+        if bias is not None:
+            bias = _order(bias if bias.dtype == x.dtype else bias.astype(wide(x.dtype)), spec.bias, m.outer)
+        y, h = fused.forward(_short(x), _short(w), *self._factors(first, up), bias, seed)
         y = reorder(y, fused.y, (*m.outer, *m.rows)) if m.flipped else y
         return y.reshape(_shape(spec.y, (spec.x, x), (spec.w, w))), h
 
@@ -159,29 +165,30 @@ def _shape(axes: Axes, *operands: tuple[Axes, Any]) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_rank(product, x, w, first, second, scale, seed):
-    return product.forward(x, w, first, scaled(second, scale, compute_dtype(x)), seed)[0]
+def _low_rank(product, x, w, first, second, scale, bias, seed):
+    return product.forward(x, w, first, scaled(second, scale, compute_dtype(x)), bias, seed)[0]
 
 
-def _fwd(product, x, w, first, second, scale, seed):
+def _fwd(product, x, w, first, second, scale, bias, seed):
     up = scaled(second.value, scale.value, compute_dtype(x.value))
-    seed = None if seed is None else seed.value
-    y, h = product.forward(x.value, w.value, first.value, up, seed)
+    of_bias = bias is not None and bias.perturbed
+    bias, seed = (None if v is None else v.value for v in (bias, seed))
+    y, h = product.forward(x.value, w.value, first.value, up, bias, seed)
     # Which gradients are wanted, and x's dtype, told by a shape and not by structure or by leaving residuals out: JAX
     # keeps one structure for an equation, that of the last time it was differentiated, by whichever arguments.
-    wanted = (x.perturbed, w.perturbed, first.perturbed, second.perturbed or scale.perturbed)
+    wanted = (x.perturbed, w.perturbed, first.perturbed, second.perturbed or scale.perturbed, of_bias)
     flags = jnp.zeros(tuple(map(int, wanted)), x.value.dtype)
-    return y, (x.value, w.value, first.value, second.value, scale.value, seed, h, flags)
+    return y, (x.value, w.value, first.value, second.value, scale.value, bias, seed, h, flags)
 
 
 def _bwd(product, saved, dy):
-    x, w, first, second, scale, seed, h, flags = saved
+    x, w, first, second, scale, bias, seed, h, flags = saved
     if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        return None, None, None, None, None, None
-    of_x, of_w, of_first, of_second = map(bool, flags.shape)
+        return None, None, None, None, None, None, None
+    of_x, of_w, of_first, of_second, of_bias = map(bool, flags.shape)
     wants = Wants(of_x, of_first, of_second)
     up = scaled(second, scale, compute_dtype(x))
-    dx = dw = dfirst = dsecond = dscale = None
+    dx = dw = dfirst = dsecond = dscale = dbias = None
     if any(wants):
         dx, dfirst, dup = product.backward(dy, x, w, first, up, h, seed, wants)
         if dfirst is not None:
@@ -191,7 +198,9 @@ def _bwd(product, saved, dy):
             dscale = (dup * second.astype(dup.dtype)).sum().astype(scale.dtype)
     if of_w:
         dw = plain.weight_gradient(product.spec, x, w, dy)
-    return dx, dw, dfirst, dsecond, dscale, None
+    if of_bias:
+        dbias = _laid_out(plain.bias_gradient(product.spec, bias, dy), plain.gradient_sharding(bias, dy))
+    return dx, dw, dfirst, dsecond, dscale, dbias, None
 
 
 _low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)

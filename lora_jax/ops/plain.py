@@ -1,4 +1,4 @@
-"""`y = x·W + drop(x)·A·B` and its derivative, by XLA: five two-operand contractions that differ in their names.
+"""`y = x·W + drop(x)·A·B (+ bias)` and its derivative, by XLA: two-operand contractions that differ in their names.
 
 `up` is the second factor with the scale in it, of the compute dtype. Masks come from `seed`, two int32, or None;
 `block` places `x` in the array whose mask it is, where it is a part of one.
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _compat
-from lora_jax.ops.contract import contract
+from lora_jax.ops.contract import contract, reorder
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import drop_block, rescaling
 
@@ -37,7 +38,7 @@ class Wants(NamedTuple):
 
 def forward(
     spec: Contraction, x: jax.Array, w: jax.Array, first: jax.Array, up: jax.Array, seed: jax.Array | None,
-    block: Block | None = None,
+    block: Block | None = None, bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The result, and `h = drop(x)·first` of axes `spec.h` for the way back."""
     y = contract(
@@ -55,7 +56,14 @@ def forward(
         h, spec.h, up, spec.second, spec.y,
         precision=spec.precision, preferred_element_type=y.dtype, out_sharding=_compat.explicit_sharding(y),
     )  # fmt: skip
-    return y + branch.astype(y.dtype), h
+    if bias is None:
+        return y + branch.astype(y.dtype), h
+    up = wide(y.dtype)
+    where = tuple(spec.y.index(name) for name in spec.bias)
+    if list(where) != sorted(where):
+        bias, where = reorder(bias, where, sorted(where)), tuple(sorted(where))
+    row = lax.broadcast_in_dim(bias.astype(up), y.shape, where, out_sharding=_compat.explicit_sharding(y))
+    return (y.astype(up) + branch.astype(up) + row).astype(y.dtype), h
 
 
 def backward(
@@ -98,6 +106,13 @@ def weight_gradient(spec: Contraction, x: jax.Array, w: jax.Array, dy: jax.Array
         preferred_element_type=wide(w.dtype), out_sharding=gradient_sharding(w, dy),
     )  # fmt: skip
     return dw.astype(w.dtype)
+
+
+def bias_gradient(spec: Contraction, bias: jax.Array, dy: jax.Array) -> jax.Array:
+    """`dy` summed over its other axes in float32, then of the bias' dtype."""
+    others = tuple(d for d, name in enumerate(spec.y) if name not in spec.bias)
+    left = tuple(name for name in spec.y if name in spec.bias)
+    return reorder(dy.astype(wide(dy.dtype)).sum(others), left, spec.bias).astype(bias.dtype)
 
 
 def _drop(spec: Contraction, x: jax.Array, seed: jax.Array | None, block: Block | None) -> jax.Array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -36,6 +37,11 @@ class Split:
         """The sum over the devices that hold other parts of `axes`."""
         over = self.mesh_axes(axes)
         return lax.psum(x, over) if over else x
+
+    def once(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """`x` on the first of the devices whose results `add` sums over `axes`, zeros on the others."""
+        over = self.mesh_axes(axes)
+        return jnp.where(lax.axis_index(over) == 0, x, jnp.zeros_like(x)) if over else x
 
     def origin(self, axes: Axes, shape: Sequence[int]) -> tuple[Any, ...]:
         """Where this device's part of an array begins, of which it has `shape`."""

@@ -40,12 +40,19 @@ def batch_atoms(atom: Atom, eqn: Any) -> tuple[Atom, ...]:
     return tuple(Atom(-1 - atom.axis, position + atom.stride * 100, n) for position, n in enumerate(shape))
 
 
-def take_from_factor(array: jax.Array, picks: Picks, indices: jax.Array, eqn: Any) -> jax.Array:
+def take_from_factor(
+    array: jax.Array, picks: Picks, indices: jax.Array, eqn: Any, everywhere: Mapping[int, jax.Array] | None = None
+) -> jax.Array:
     """The gather of `eqn` applied to a factor: index dimensions first, then the factor's axes not in `picks`.
 
-    What the model fills in out of bounds (NaN, a given value) is the base's part; the factors add nothing to it.
+    `everywhere`: axes that have one position for all indices, which is gathered along with theirs. What the model
+    fills in out of bounds (NaN, a given value) is the base's part; the factors add nothing to it.
     """
     batch = indices.ndim - 1
+    for axis, position in (everywhere or {}).items():
+        picks = {**picks, axis: indices.shape[-1]}
+        column = lax.broadcast_in_dim(position.astype(indices.dtype), (*indices.shape[:-1], 1), ())
+        indices = lax.concatenate([indices, column], batch)
     axes = tuple(sorted(picks))
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(batch, batch + array.ndim - len(axes))),

@@ -66,19 +66,9 @@ class Lora:
     def dot_general(self, w: Virtual, x: jax.Array, dot: DotGeneral, key: Any, eqn: Any) -> jax.Array | None:
         if dot.needs_array or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             return None
-        (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
-        summed = [atom for atom in dot.w if atom in dot.x and atom not in dot.y]
-        # The factor that shares summed axes goes first; where both do, the one that shares more.
-        by_a, by_b = (sum(atom in axes for atom in summed) for axes in (a_axes, b_axes))
-        first, second = ((a, a_axes), (b, b_axes)) if by_a >= by_b else ((b, b_axes), (a, a_axes))
-        spec = Contraction(
-            x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, summed=dot.summed,
-            precision=dot.precision,
-            preferred_element_type=dot.preferred_element_type, dropout_rate=self.dropout_rate,
-            out_sharding=dot.out_sharding,
-        )  # fmt: skip
+        spec, first, second = product_of(w, dot, self.dropout_rate)
         y = low_rank_contract(
-            spec, shaped(x, dot.split_x), shaped(w.base, dot.split_w), first[0], second[0],
+            spec, shaped(x, dot.split_x), shaped(w.base, dot.split_w), first, second,
             self.site.scale, key, self.implementation, self.name,
         )  # fmt: skip
         return shaped(y, dot.out_shape)
@@ -136,6 +126,22 @@ class Lora:
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
         """Once formed, the weight is an array like any other."""
         return outs
+
+
+def product_of(w: Virtual, dot: DotGeneral, dropout_rate: float) -> tuple[Contraction, jax.Array, jax.Array]:
+    """The adapted product of `w` in a `dot_general`, and its factors in the order that they are multiplied in."""
+    (a, a_axes), (b, b_axes) = w.live_factor("a"), w.live_factor("b")
+    summed = [atom for atom in dot.w if atom in dot.x and atom not in dot.y]
+    # The factor that shares summed axes goes first; where both do, the one that shares more.
+    by_a, by_b = (sum(atom in axes for atom in summed) for axes in (a_axes, b_axes))
+    first, second = ((a, a_axes), (b, b_axes)) if by_a >= by_b else ((b, b_axes), (a, a_axes))
+    spec = Contraction(
+        x=dot.x, w=dot.w, first=first[1], second=second[1], y=dot.y, summed=dot.summed,
+        precision=dot.precision,
+        preferred_element_type=dot.preferred_element_type, dropout_rate=dropout_rate,
+        out_sharding=dot.out_sharding,
+    )  # fmt: skip
+    return spec, first[0], second[0]
 
 
 def shaped(x: Any, shape: tuple[int, ...]) -> Any:

@@ -209,6 +209,23 @@ def test_columns_of_zeros():
     assert jnp.abs(grads.factors(plan.sites[0])[1]).max() > 0
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_product_is_the_low_rank_one(rate):
+    """Whatever implementation runs that: `explain` shows the choice, twice where dropout needs a second product."""
+    params, x = cast({"w": normal(6, 7)}, np.float32), cast(X, np.float32)
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    plan, adapter = planned(fn, params, x, dropout=rate)
+    key = jax.random.key(0) if rate else None
+    choices = lj.explain(fn, plan)(params, adapter, x, key=key).choices
+    assert [(c.name, c.implementation) for c in choices] == [("w", "xla")] * (2 if rate else 1)
+    assert all("mosaic_gpu" in c.reasons for c in choices)
+    with pytest.raises(ValueError, match="'mosaic_gpu'` can't run the product of `w`"):
+        lj.apply(fn, plan, implementation="mosaic_gpu")(params, adapter, x, key=key)
+
+
 class Model(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -228,7 +228,7 @@ def test_keys_without_a_role(directory: Path, name: str, shape: tuple[int, ...],
         (dict(alpha_pattern={"q{99999999999}": 2}), "is not a regular expression: the repetition number"),
         (dict(rank_pattern={"(" * 5000 + ")" * 5000: 2}), "is not a regular expression: maximum recursion"),
         (dict(use_novelty={"depth": 3}), "`use_novelty={'depth': 3}` is unknown"),
-        (dict(bias="lora_only"), "train without it, or merge the adapter in PEFT"),
+        (dict(velora_config={"x": 1}), "train without it, or merge the adapter in PEFT"),
     ],
 )
 def test_configurations_that_are_refused(directory: Path, changes: dict[str, Any], message: str) -> None:

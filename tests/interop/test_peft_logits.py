@@ -280,9 +280,13 @@ def test_copies_are_of_whole_modules_and_none_inside_another(tmp_path: Path) -> 
         return save_peft(random_adapter(plan), tmp_path / str(settings), plan, names="hf-flax")
 
     with pytest.raises(ValueError, match=r"`bert.pooler.dense` is copied as a whole, but only a part"):
-        save(target_modules=["query"], modules_to_save=["pooler.dense.bias"])
-    with pytest.raises(ValueError, match=r"`bert.encoder.layer.0.attention.self.query` is copied as a whole"):
-        save(target_modules=["query"], modules_to_save=["query.bias"])
+        save(target_modules=["query"], modules_to_save=["pooler.dense.kernel"])
+    # A bias alone is what PEFT's `bias` trains.
+    for name, said in (("query.bias", "lora_only"), ("pooler.dense.bias", "all")):
+        config = json.loads(
+            (save(target_modules=["query"], modules_to_save=[name]) / "adapter_config.json").read_text()
+        )
+        assert config["bias"] == said and "modules_to_save" not in config
     # PEFT cannot load what it writes for this, so nothing says which of the two copies is meant.
     both = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler", "pooler.dense"])
     peft.get_peft_model(model.make(), both).save_pretrained(tmp_path / "theirs")

@@ -166,5 +166,9 @@ def test_gpu_arrays_are_exchanged_without_a_copy(dtype) -> None:
     kernel = {"kernel": jax.random.normal(jax.random.key(0), (8, 16), dtype)}
     weight = to_torch_state_dict(kernel, preset="linen", kind="torch")["weight"]
     assert weight.is_cuda and weight.is_contiguous() and same_bits(weight, kernel["kernel"].T)
+    view = to_torch_state_dict(kernel, preset="linen", kind="torch", contiguous=False)["weight"]
+    assert view.is_cuda and view.data_ptr() == kernel["kernel"].unsafe_buffer_pointer() and same_bits(view, weight)
+    again = from_torch_state_dict({"weight": view}, kernel, preset="linen")["kernel"]
+    assert again.unsafe_buffer_pointer() == kernel["kernel"].unsafe_buffer_pointer()
     host = from_torch_state_dict({"weight": weight.cpu()}, kernel, preset="linen")["kernel"]
     assert host.devices() == kernel["kernel"].devices() and same_bits(host, kernel["kernel"])

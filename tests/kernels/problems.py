@@ -58,6 +58,7 @@ class Problem:
     dtype: Any = BF16
     threshold: int = 0
     transposed: bool = False
+    bias_dtype: Any = None  # None: no bias
 
     def operands(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """`x`, `w`, `a`, `b`, `dy`. Factors as large as the weight is, so that no part of a result is small."""
@@ -67,11 +68,15 @@ class Problem:
         x, dy = (normal(self.m, width, dtype=self.dtype, seed=5) for width in (self.k, self.n))
         return x, w, a, b, dy
 
-    def answers(self, scale: float = 1.0, threshold: int | None = None) -> Answers:
+    def bias(self) -> np.ndarray | None:
+        return None if self.bias_dtype is None else normal(self.n, dtype=self.bias_dtype, seed=6)
+
+    def answers(self, scale: float = 1.0, threshold: int | None = None, biases: int = 1) -> Answers:
         """`{"y" | "x" | "a" | "b": (value or gradient, bound)}`; of a mistake, if the arguments say so."""
         cut = self.threshold if threshold is None else threshold
         x, w, a, b, dy = self.operands()
-        return reference.fused(x, w, a, b, dy, self.dtype, scale, mask(x.shape, cut) if cut else None)
+        bias = 0.0 if self.bias_dtype is None else biases * np.asarray(self.bias()).astype(np.float64)
+        return reference.fused(x, w, a, b, dy, self.dtype, scale, mask(x.shape, cut) if cut else None, bias)
 
     def stored(self, w: np.ndarray) -> np.ndarray:
         return w.T.copy() if self.transposed else w
@@ -87,3 +92,6 @@ class Problem:
         for mistake, wrong in mistakes.items():
             for name in got:
                 assert reference.excess(wrong[name][0], *answers[name]) > 1, (name, mistake)
+        if self.bias_dtype is not None and "y" in got:
+            for times in (0, 2):
+                assert reference.excess(self.answers(biases=times)["y"][0], *answers["y"]) > 1, f"bias {times} times"

@@ -64,7 +64,7 @@ def mask(shape: tuple[int, int], drop: Drop) -> jax.Array:
     return (bits >= drop.threshold) * jnp.float32(65536 / (65536 - drop.threshold))
 
 
-def forward(x, w, a, b, drop=None, *, transposed=False):
+def forward(x, w, a, b, drop=None, *, transposed=False, bias=None):
     calls.append(("forward", (*x.shape, *b.shape[::-1])))
     assert x.shape[1] == a.shape[0] and w.shape == (
         (b.shape[1], x.shape[1]) if transposed else (x.shape[1], b.shape[1])
@@ -72,7 +72,11 @@ def forward(x, w, a, b, drop=None, *, transposed=False):
     assert {x.dtype, w.dtype, a.dtype, b.dtype} == {x.dtype}
     keep = 1 if drop is None else mask(x.shape, drop)
     h = product(x * keep, a).astype(x.dtype)
-    y = (product(x, w.T if transposed else w) + product(h, b)).astype(x.dtype)
+    y = product(x, w.T if transposed else w) + product(h, b)
+    if bias is not None:
+        assert bias.shape == b.shape[1:] and bias.dtype in (x.dtype, jnp.float32)
+        y += bias.astype(jnp.float32)
+    y = y.astype(x.dtype)
     rank_first, thin = h_layout(a.shape[1])
     rows = -(-len(x) // 64) * 64
     h = jnp.pad(h, ((0, 0), (0, thin - h.shape[1])))
@@ -106,10 +110,10 @@ def installed(name: str = "reference", platform: str = "cpu"):
 
 
 @contextlib.contextmanager
-def pretending(kind: str, capability: tuple[int, int] = (9, 0)):
+def pretending(kind: str, capability: tuple[int, int] = (9, 0), multiprocessors: int | None = None):
     """Traces as if the default device were an NVIDIA GPU; nothing can be run."""
     real = _compat.target_device
-    choice._compat.target_device = lambda: _compat.Device("cuda", kind, capability)
+    choice._compat.target_device = lambda: _compat.Device("cuda", kind, capability, multiprocessors)
     try:
         yield
     finally:

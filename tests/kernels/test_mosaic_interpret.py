@@ -17,6 +17,8 @@ from lora_jax.kernels.gemm_config import GemmConfig, in_ring
 from lora_jax.kernels.mosaic_down import DownConfig, down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import OuterConfig, outer
+from lora_jax.kernels.mosaic_stages import stages
+from lora_jax.kernels.stage import excess
 from tests.kernels.problems import BF16, F16, Problem, mask, normal, seed_words
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -41,20 +43,20 @@ def wide(*arrays):
 
 
 @pytest.mark.parametrize(
-    "m, k, n, rank, config, transposed, masked, dtype",
+    "m, k, n, rank, config, transposed, masked, biased, dtype",
     [
-        # Two turns for a CTA, a tail of its own, a shared operand; ragged rows.
-        (184, 192, 192, 16, Gemm(cluster="n"), False, False, BF16),
-        (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, F16),
+        # Two turns for a CTA, a tail of its own, a shared operand; ragged rows, a bias cut by the last tile.
+        (184, 192, 192, 16, Gemm(cluster="n"), False, False, np.float32, BF16),
+        (128, 192, 128, 16, Gemm(split="n", cluster="m", delay=0), False, True, None, F16),
         # Two turns for each of the teams.
-        (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, BF16),
-        (120, 256, 192, 128, Gemm(split="", stages=3, store_n=64), True, True, BF16),
-        (128, 192, 128, 64, Gemm(split="n"), True, False, F16),
-        (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16),
-        (136, 192, 128, 64, Gemm(store_n=64), False, True, BF16),
+        (128, 192, 256, 16, Gemm(split="", cluster="m"), True, False, None, BF16),
+        (120, 256, 192, 128, Gemm(split="", stages=3, store_n=64), True, True, None, BF16),
+        (128, 192, 128, 64, Gemm(split="n"), True, False, F16, F16),
+        (128, 192, 192, 16, Gemm(tile_n=128), True, True, BF16, BF16),
+        (136, 192, 128, 64, Gemm(store_n=64), False, True, None, BF16),
     ],
 )
-def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
+def test_gemm(m, k, n, rank, config, transposed, masked, biased, dtype):
     x, w = normal(m, k, dtype=dtype), normal(k, n, dtype=dtype, spread=k**-0.5, seed=1)
     thin, tail = normal(m, rank, dtype=dtype, seed=2), normal(rank, n, dtype=dtype, seed=3)
     operands = (
@@ -63,7 +65,8 @@ def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
         thin if in_ring(rank) else thin.T.copy(),
         tail.T.copy() if transposed and in_ring(rank) else tail,
     )
-    got = gemm(*operands, config, transposed=transposed, sms=2, interpret=INTERPRET, **drop_options(masked))
+    bias = None if biased is None else normal(n, dtype=biased, seed=4)
+    got = gemm(*operands, config, transposed=transposed, bias=bias, sms=2, interpret=INTERPRET, **drop_options(masked))
 
     x, w, thin, tail = wide(x, w, thin, tail)
     base, low = x @ w, thin @ tail
@@ -72,6 +75,10 @@ def test_gemm(m, k, n, rank, config, transposed, masked, dtype):
     mistakes = {"no tail": base, "half the tail": base + kept * low / 2, "no product": kept * low}
     if masked:
         mistakes |= {"no mask": base + low, "all masked": kept * (base + low)}
+    if bias is not None:
+        bias = bias.astype(np.float64)
+        mistakes = {name: wrong + bias for name, wrong in mistakes.items()} | {"no bias": want, "two": want + 2 * bias}
+        want, magnitude = want + bias, magnitude + abs(bias)
     check(got, want, magnitude, k + rank, dtype, mistakes)
 
 
@@ -104,10 +111,15 @@ def test_down(m, k, rank, config, masked):
     ],
 )
 def test_outer(m, k, rank, config, masked):
-    x, g = normal(m, k), normal(m, rank, seed=1)
-    padded = np.pad(g, ((0, -m % 64), (0, 0)))
-    thin = padded if in_ring(rank) else padded.T.copy()
-    got = outer(x, thin, config, interpret=INTERPRET, **drop_options(masked))
+    x, g, dy, h = normal(m, k), normal(m, rank, seed=1), normal(m, 64, seed=2), normal(m, rank, seed=3)
+
+    def thin(values):
+        padded = np.pad(values, ((0, -m % 64), (0, 0)))
+        return padded if in_ring(rank) else padded.T.copy()
+
+    got, other = outer([(x, thin(g)), (dy, thin(h))], config, interpret=INTERPRET, **drop_options(masked))
+    dy, h = wide(dy, h)
+    check(other, dy.T @ h, abs(dy).T @ abs(h), m, np.float32, {"the other's": dy.T @ g.astype(np.float64)})
     x, g = wide(x, g)
     kept = mask(x.shape, THRESHOLD) if masked else 1.0
     mistakes = {"half": (kept * x).T @ g / 2, "a shorter sum": (kept * x)[64:].T @ g[64:]}
@@ -135,6 +147,16 @@ def test_linear(problem):
     dx, da, db = mosaic_lora.backward(dy, x, w, a, b, h, drop, **options)
     assert (y.dtype, dx.dtype, da.dtype, db.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
     problem.check({"y": y, "x": dx, "a": da, "b": db})
+
+
+def test_what_tuning_expects_of_each_kernel():
+    """The kernels meet the bounds of `lora-jax tune`; half of a tail, or of a sum without its first part, does not."""
+    found = list(stages(64, 320, 320, 16, jnp.bfloat16, THRESHOLD, sms=2, interpret=INTERPRET))
+    assert [each.kernel.removeprefix("mosaic_") for each in found] == ["gemm", "gemm", *2 * ("down", "outer")]
+    for each in found[1:4]:  # with dropout
+        expected = each.expected(*each.operands)
+        assert excess(each.run(each.candidates[0], *each.operands), expected.value, expected.bound) <= 1
+        assert excess(expected.mistake, expected.value, expected.bound) > 1
 
 
 def test_a_shard_draws_its_part_of_the_mask():

@@ -1,0 +1,356 @@
+"""Adapted linear layers in PyTorch, side by side on one GPU, as ratios to the frozen linear.
+
+    PYTHONPATH=.:interop python3 benchmarks/torch_lora.py [--quick] [--out FILE] [--shape M,K,N,R]
+
+Needs torch and triton; real `peft` takes part where it is installed, NeMo Automodel too. Every candidate is first
+compared with the float64 result: y, dx, dA and dB. One JSON line a figure; a table comes last.
+
+Times are CUDA events around bursts of calls on inputs that take turns, without a CUDA graph: what Python needs to
+launch counts where the GPU has to wait for it (`host_us` is that time alone). The frozen linear runs before and after
+each candidate, and a ratio is taken to the mean of the two: a GPU is faster after a pause than in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import nn
+
+from lora_torch import triton_ops as ops
+from lora_torch.lora import patch_linear_module
+
+SHAPES = [
+    (8192, 4096, 4096, 16),
+    (8192, 4096, 14336, 16),
+    (8192, 14336, 4096, 64),
+    (16384, 8192, 8192, 64),
+    (2048, 2048, 8192, 16),
+]
+ALPHA_PER_RANK = 2.0
+SETS = 3  # of inputs and weights that take turns, so that none is found in the L2 cache
+# Norm of the error over norm of the result: bfloat16 rounds by up to 2**-9, and eager code does so three times.
+ALLOWED = 2.0**-7
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Eager(nn.Module):
+    """What PEFT computes: two thin products, a scale, an addition, each a kernel of its own."""
+
+    def __init__(self, linear: nn.Linear, rank: int, rate: float):
+        super().__init__()
+        self.base, self.rate = linear, rate
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="cuda", dtype=linear.weight.dtype)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="cuda", dtype=linear.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(F.dropout(x, self.rate))) * ALPHA_PER_RANK
+
+
+class Addmm(torch.autograd.Function):
+    """The library's products alone, those of full size added into their output."""
+
+    @staticmethod
+    def forward(ctx, x, w, a, b):
+        h = F.linear(x, a) * ALPHA_PER_RANK
+        ctx.save_for_backward(x, w, a, b, h)
+        return F.linear(x, w).addmm_(h, b.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, a, b, h = ctx.saved_tensors
+        g = (dy @ b) * ALPHA_PER_RANK
+        return (dy @ w).addmm_(g, a), None, g.T @ x, dy.T @ h
+
+
+class ThinKernels(torch.autograd.Function):
+    """Our kernels for the thin passes, the library for products of full size: the other way to use them."""
+
+    @staticmethod
+    def forward(ctx, x, w, a, b):
+        h = ops.down(x, a.T, ALPHA_PER_RANK)
+        ctx.save_for_backward(x, w, a, b, h)
+        return F.linear(x, w).addmm_(h, b.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, a, b, h = ctx.saved_tensors
+        g = ops.down(dy, b, ALPHA_PER_RANK)
+        dx = (dy @ w).addmm_(g, a)
+        return dx, None, ops.outer(g, x).to(a.dtype), ops.outer(h, dy).T.to(b.dtype)
+
+
+class Plain(nn.Module):
+    """The layer of an autograd function of `x, w, a, b`."""
+
+    def __init__(self, function: Any, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.function, self.base = function, linear
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="cuda", dtype=linear.weight.dtype)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="cuda", dtype=linear.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x, self.base.weight, self.lora_A.weight, self.lora_B.weight)
+
+
+def by_peft(linear: nn.Linear, rank: int, rate: float) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, lora_dropout=rate, target_modules=["0"])  # pyright: ignore
+    return peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)  # pyright: ignore
+
+
+def by_nemo(linear: nn.Linear, rank: int, rate: float) -> nn.Module:
+    from nemo_automodel.components._peft import lora  # pyright: ignore
+
+    alpha = ALPHA_PER_RANK * rank
+    return lora.patch_linear_module(linear, rank, alpha, dropout=rate, dropout_position="pre", use_triton=True)
+
+
+def ours(linear: nn.Linear, rank: int, rate: float, **options: Any) -> nn.Module:
+    return patch_linear_module(linear, rank, ALPHA_PER_RANK * rank, rate, "pre", **options)
+
+
+MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
+    "peft": by_peft,
+    "eager formula": Eager,
+    "torch.compile": lambda linear, r, rate: torch.compile(Eager(linear, r, rate)),  # pyright: ignore
+    "addmm function": lambda linear, r, rate: Plain(Addmm, linear, r),
+    "thin kernels": lambda linear, r, rate: Plain(ThinKernels, linear, r),
+    "NeMo Automodel": by_nemo,
+    "LinearLoRA": lambda linear, r, rate: ours(linear, r, rate, use_triton=False),
+    "TritonLinearLoRA": ours,
+    "TritonLinearLoRA, x @ A kept": lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
+}
+WITHOUT_DROPOUT = ("addmm function", "thin kernels")  # theirs would need a stored mask
+
+
+class Candidate:
+    """One kind of layer on `SETS` weights and inputs."""
+
+    def __init__(self, row: str, shape: tuple[int, ...], rate: float, sets: int = SETS):
+        m, k, n, r = shape
+        self.row, self.calls = row, []
+        for seed in range(sets):
+            generator = torch.Generator("cuda").manual_seed(seed)
+
+            def normal(*size: int, std: float = 1.0, generator=generator) -> torch.Tensor:
+                return (torch.randn(*size, generator=generator, device="cuda") * std).bfloat16()
+
+            linear = nn.Linear(k, n, bias=False, device="meta")
+            linear.weight = nn.Parameter(normal(n, k, std=k**-0.5), requires_grad=False)
+            x, dy = normal(m, k).requires_grad_(), normal(m, n)
+            layer: Any = linear
+            factors: list[nn.Parameter] = []
+            if row != "frozen":
+                layer = MAKERS[row](linear, r, rate)
+                named = dict(layer.named_parameters())
+                factors = [next(p for name, p in named.items() if each in name) for each in ("lora_A", "lora_B")]
+                for factor, value in zip(factors, (normal(r, k, std=k**-0.5), normal(n, r)), strict=True):
+                    factor.data.copy_(value)
+            self.calls.append((layer, x, dy, [x, *factors], linear.weight))
+        self.turn = itertools.cycle(self.calls)
+
+    def forward(self) -> None:
+        layer, x, *_ = next(self.turn)
+        with torch.no_grad():
+            layer(x)
+
+    def both(self) -> None:
+        layer, x, dy, wanted, _ = next(self.turn)
+        torch.autograd.grad(layer(x), wanted, dy)
+
+    def error(self) -> tuple[float, float]:
+        """The worst relative error of y, dx, dA and dB, and the least one that a layer without its adapter has."""
+        layer, x, dy, wanted, weight = self.calls[0]
+        y = layer(x)
+        found = [y, *torch.autograd.grad(y, wanted, dy)]
+        a, b = wanted[1].detach().double(), wanted[2].detach().double()
+        x, w, dy = x.detach().double(), weight.double(), dy.double()
+        h, g = ALPHA_PER_RANK * x @ a.T, ALPHA_PER_RANK * dy @ b
+        base = [x @ w.T, dy @ w, torch.zeros_like(a), torch.zeros_like(b)]
+        want = [base[0] + h @ b.T, base[1] + g @ a, g.T @ x, dy.T @ h]
+        distance = [float((u.double() - v).norm() / v.norm()) for u, v in zip(found, want, strict=True)]
+        without = [float((u - v).norm() / v.norm()) for u, v in zip(base, want, strict=True)]
+        return max(distance), min(without)
+
+
+def burst(call: Callable[[], None], count: int) -> float:
+    """Microseconds a call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e3 * begin.elapsed_time(end) / count
+
+
+def host(call: Callable[[], None], count: int = 20) -> float:
+    """Microseconds that Python takes to hand a call to an idle GPU."""
+    times = []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def measure(frozen: Candidate, candidates: list[Candidate], kind: str, rounds: int, seconds: float):
+    """A row for the frozen linear and for each candidate."""
+
+    def call(each: Candidate) -> Callable[[], None]:
+        return each.forward if kind == "forward" else each.both
+
+    everyone = [frozen, *candidates]
+    counts = {}
+    for each in everyone:
+        for _ in range(SETS):
+            call(each)()
+        counts[each.row] = max(3, round(seconds * 1e6 / burst(call(each), 5)))
+    times: dict[str, list[float]] = {each.row: [] for each in everyone}
+    ratios: dict[str, list[float]] = {each.row: [] for each in candidates}
+    burst(call(frozen), counts["frozen"])
+    for _ in range(rounds):
+        before = burst(call(frozen), counts["frozen"])
+        times["frozen"].append(before)
+        for each in candidates:
+            times[each.row].append(burst(call(each), counts[each.row]))
+            after = burst(call(frozen), counts["frozen"])
+            times["frozen"].append(after)
+            ratios[each.row].append(2 * times[each.row][-1] / (before + after))
+            before = after
+    for each in everyone:
+        low, _, high = statistics.quantiles(ratios.get(each.row) or [1.0, 1.0], n=4, method="inclusive")
+        yield {
+            "row": each.row,
+            "median_us": round(statistics.median(times[each.row]), 2),
+            "ratio": round(statistics.median(ratios.get(each.row) or [1.0]), 4),
+            "ratio_spread": [round(low, 4), round(high, 4)],
+            "host_us": round(host(call(each)), 1),
+        }
+
+
+def rows_of(shape: tuple[int, ...], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    for rate in (0.0, 0.1):
+        frozen, candidates = Candidate("frozen", shape, 0.0), []
+        for row in MAKERS:
+            if rate and row in WITHOUT_DROPOUT:
+                continue
+            try:
+                candidate = Candidate(row, shape, rate)
+            except ModuleNotFoundError as error:
+                print(f"{row}: left out, {error}", file=sys.stderr)
+                continue
+            if not rate:
+                error, without = candidate.error()
+                if not error <= ALLOWED < without:
+                    raise SystemExit(f"{row} {shape} is wrong: error {error:.1e}, without the adapter {without:.1e}")
+                yield {"row": row, "pass": "check", "rate": rate, "error": error, "error_without_adapter": without}
+            candidates.append(candidate)
+        for kind in ("forward", "forward + backward"):
+            for row in measure(frozen, candidates, kind, rounds, seconds):
+                yield {"pass": kind, "rate": rate} | row
+
+
+def compiled(task: tuple[str, tuple[int, ...], float]) -> str | None:
+    """Runs a candidate once in a process of its own: what was compiled is then found in the caches on disk."""
+    row, shape, rate = task
+    try:
+        candidate = Candidate(row, shape, rate, sets=1)
+        candidate.forward()
+        candidate.both()
+        torch.cuda.synchronize()
+        return None
+    except Exception as error:
+        return f"{row} {shape} dropout {rate}: {type(error).__name__}: {str(error)[:300]}"
+
+
+def compile_all(shapes: list[tuple[int, ...]], workers: int) -> None:
+    rows = ["TritonLinearLoRA", "torch.compile"]
+    tasks = [(row, shape, rate) for shape in shapes for row in rows for rate in (0.0, 0.1)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for failure in filter(None, pool.map(compiled, tasks)):
+            print(f"cannot run {failure}", file=sys.stderr, flush=True)
+
+
+def about(commit: str | None) -> dict[str, Any]:
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit or git.stdout.strip() or "unknown",
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for rate, kind in itertools.product((0.0, 0.1), ("forward", "forward + backward")):
+        here = [row for row in rows if row["pass"] == kind and row["rate"] == rate]
+        names = list(dict.fromkeys(row["row"] for row in here if row["row"] != "frozen"))
+        lines.append(f"\n{kind}, dropout {rate}: microseconds of the frozen linear, then ratios to it")
+        lines.append(" | ".join(["M,K,N,R", "frozen", *names]))
+        for shape in dict.fromkeys(row["shape"] for row in here):
+            found = {row["row"]: row for row in here if row["shape"] == shape}
+            ratios = [f"{found[name]['ratio']:.3f}" if name in found else "" for name in names]
+            lines.append(" | ".join([shape, f"{found['frozen']['median_us']:.0f}", *ratios]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first and the last shape, three rounds")
+    parser.add_argument("--shape", action="append", help="M,K,N,R instead of the five shapes; may be repeated")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.04, help="of one burst")
+    parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    parser.add_argument("--stop-after", type=float, default=1e9, help="begin no new shape after so many seconds")
+    parser.add_argument("--commit", help="what to write as the commit where this is no git repository")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file instead of printing them")
+    options = parser.parse_args()
+    shapes = [tuple(map(int, text.split(","))) for text in options.shape or []] or SHAPES
+    if options.quick:
+        shapes, options.rounds = [shapes[0], shapes[-1]], 3
+    common, rows, start = about(options.commit), [], time.perf_counter()
+    compile_all(shapes, options.workers)
+    print(f"compiled after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    for shape in shapes:
+        if time.perf_counter() - start > options.stop_after:
+            print(f"no time left for {shape}", file=sys.stderr)
+            break
+        torch._dynamo.reset()
+        for row in rows_of(shape, options.rounds, options.seconds):
+            rows.append({"shape": ",".join(map(str, shape))} | row)
+            line = json.dumps(common | rows[-1])
+            if options.out is None:
+                print(line, flush=True)
+            else:
+                with options.out.open("a") as file:
+                    print(line, file=file)
+        torch.cuda.empty_cache()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The low-rank branch as one autograd function on torch's own products: it keeps `x`, A and B, and not `x @ A`.
+
+Letters, as in the kernel files:
+    M tokens    K input features    N output features    R rank
+
+The Triton counterpart is `triton_linear.LoRATritonFunction`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def apply_memory_efficient_lora(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    use_triton_kernel: bool = False,
+    res: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`scale * (x @ lora_A.T) @ lora_B.T`, plus `res`: (..., K), (R, K), (N, R), (..., N) -> (..., N).
+
+    The factors are cast to the dtype of `x` (under autocast: all to the dtype of autocast), and the result has the
+    dtype of `res`, if there is one. Gradients come back in the dtype of what they belong to. The result is a tensor
+    of its own: it can be changed in place, and `res` is left as it was.
+
+    **Raises:** with `use_triton_kernel`, what `triton_launch.check` raises.
+    """
+    dtype = compute_dtype(x)
+    out_dtype = dtype if res is None else res.dtype
+    x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    if use_triton_kernel:
+        from .triton_linear import LoRATritonFunction
+
+        args = (x, lora_A, lora_B, scale, dtype)
+        y = LoRATritonFunction.apply(*args) if res is None else LoRATritonFunction.apply(*args, res.to(dtype))
+    else:
+        y = LowRankFunction.apply(x, lora_A, lora_B, scale, None if res is None else res.to(dtype))
+    return y.to(out_dtype)
+
+
+class LowRankFunction(torch.autograd.Function):
+    """`res + scale * (x @ a.T) @ b.T`: (..., K), (R, K), (N, R), of one dtype.
+
+    Can be differentiated twice, since its backward pass is made of torch's own operations.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, res: torch.Tensor | None):
+        h = F.linear(rows(x), a) * scale
+        y = h @ b.T if res is None else torch.addmm(rows(res), h, b.T)
+        return unflattened(y, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, a, b, ctx.scale, _ = inputs
+        ctx.save_for_backward(x, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor):
+        (dy,) = grad_outputs
+        x, a, b = ctx.saved_tensors
+        wants_x, wants_a, wants_b, _, wants_res = ctx.needs_input_grad
+        dx = da = db = None
+        flat, d_flat = rows(x), rows(dy)
+        if wants_x or wants_a:
+            g = (d_flat @ b) * ctx.scale
+            dx = (g @ a).reshape(x.shape) if wants_x else None
+            da = g.T @ flat if wants_a else None
+        if wants_b:
+            db = d_flat.T @ (F.linear(flat, a) * ctx.scale)
+        return dx, da, db, None, dy if wants_res else None
+
+
+def forward_rows(x, w, bias, a, b, scale: float) -> torch.Tensor:
+    """`x @ w.T + bias + scale * (x @ a.T) @ b.T`: (M, K), (N, K), (N,), (R, K), (N, R) -> (M, N)."""
+    return F.linear(x, w, bias).addmm_(F.linear(x, a) * scale, b.T)
+
+
+def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
+    """The gradients of `x` (None unless wanted), `a` and `b` of `forward_rows`; `x @ a.T` is computed again."""
+    g = (dy @ b) * scale
+    dx = (dy @ w).addmm_(g, a) if wants_x else None
+    return dx, g.T @ x, dy.T @ (F.linear(x, a) * scale)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes on `x`: autocast's where it is on (not for float64), else its own."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (M, C)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def unflattened(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(M, N) as (..., N) with the leading dimensions of `like`.
+
+    Not by `view`: autograd refuses to change a view in place that a custom function has made.
+    """
+    return torch.ops.aten._unsafe_view.default(y, [*like.shape[:-1], y.shape[-1]])

@@ -1,0 +1,97 @@
+"""The launches of `triton_launch` as operations that torch.compile can put into a graph without looking inside.
+
+Outside of compilation each is the launch itself: a registered operation costs microseconds more a call, and a layer
+makes five of them. Dropout is a rate and four words on the device (`triton_launch.Drop`); without, words are None.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import triton_launch as launch
+
+
+def down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float = 0.0, words: torch.Tensor | None = None):
+    """`scale * drop(x) @ a`: (M, K), (K, R) -> (M, R)."""
+    return _in_graph(x, _down, launched_down)(x, a, scale, rate, words)
+
+
+def outer(t: torch.Tensor, v: torch.Tensor, rate: float = 0.0, words: torch.Tensor | None = None) -> torch.Tensor:
+    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C), float32."""
+    return _in_graph(t, _outer, launched_outer)(t, v, rate, words)
+
+
+def product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rate: float = 0.0,
+    words: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`x @ w + drop(h @ b) + bias`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N)."""
+    return _in_graph(x, _product, launched_product)(x, w, h, b, bias, rate, words)
+
+
+def launched_down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: torch.Tensor | None):
+    return launch.down(x, a, scale, _drop(rate, words))
+
+
+def launched_outer(t: torch.Tensor, v: torch.Tensor, rate: float, words: torch.Tensor | None) -> torch.Tensor:
+    return launch.outer(t, v, _drop(rate, words))
+
+
+def launched_product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    rate: float,
+    words: torch.Tensor | None,
+) -> torch.Tensor:
+    return launch.forward(x, w, h, b, bias, _drop(rate, words))
+
+
+def _drop(rate: float, words: torch.Tensor | None) -> launch.Drop | None:
+    return None if words is None else launch.Drop(rate, words)
+
+
+def _in_graph(tensor: torch.Tensor, operation, launched):
+    return operation if torch.compiler.is_compiling() or tensor.is_meta else launched
+
+
+_down = torch.library.custom_op(
+    "lora_torch::down",
+    launched_down,
+    mutates_args=(),
+    schema="(Tensor x, Tensor a, float scale, float rate, Tensor? words) -> Tensor",
+)
+_outer = torch.library.custom_op(
+    "lora_torch::outer",
+    launched_outer,
+    mutates_args=(),
+    schema="(Tensor t, Tensor v, float rate, Tensor? words) -> Tensor",
+)
+_product = torch.library.custom_op(
+    "lora_torch::product",
+    launched_product,
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor h, Tensor b, Tensor? bias, float rate, Tensor? words) -> Tensor",
+)
+
+
+@_down.register_fake
+def _(x, a, scale, rate, words):
+    return x.new_empty(x.shape[0], a.shape[1])
+
+
+@_outer.register_fake
+def _(t, v, rate, words):
+    return t.new_empty((t.shape[1], v.shape[1]), dtype=torch.float32)
+
+
+@_product.register_fake
+def _(x, w, h, b, bias, rate, words):
+    return x.new_empty(x.shape[0], w.shape[1])

@@ -1,0 +1,200 @@
+"""`y = x·W + scale[i]·(x·A[i])·B[i]`, where every row of a batch has an `i` of its own.
+
+Written for one row, and meant to be mapped: under `jax.vmap` over `x` and `i` the low-rank branch becomes one product
+of the batch, by one of two ways.
+
+gathered    copies the chosen factors, one pair for each row, and multiplies row by row. Little arithmetic, but a
+            copy of rows·(K + N)·R numbers: right for long rows.
+masked      multiplies every row by every slot's factors as one plain product, and zeroes what was not chosen between
+            the two factors. slots times the arithmetic and no copy: right for short rows (decoding).
+
+`W` is multiplied once for the whole batch in either way. Letters: K input features, N output features, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from lora_jax.ops.contract import Axes, contract
+from lora_jax.ops.contraction import Contraction, compute_dtype, wide
+from lora_jax.ops.dropout import dropout
+
+SLOT, ROW = "slot", "row"
+SELECTIONS = ("gathered", "masked")
+# Multiply-adds that cost as much as moving one number, in bfloat16 on an H100 (989 TFLOP/s, 3.35 TB/s), times a half
+# for what is reached. Read from data sheets, not tuned.
+BALANCE = 256
+
+
+class Many(NamedTuple):
+    """The axes of both stacks, which have `SLOT` among them; how many slots; and the way, or None to choose one."""
+
+    first: Axes
+    second: Axes
+    slots: int
+    selection: str | None = None
+
+    def way(self, rows: int, tokens: int) -> str:
+        """How `rows` rows of `tokens` tokens each are multiplied."""
+        if self.selection is not None:
+            return self.selection
+        # Each of the chosen factors is read, written and read again; of all of them each is read once, and
+        # multiplied by every token.
+        masked = self.slots * max(1.0, rows * tokens / BALANCE)
+        return "masked" if masked <= 3 * rows else "gathered"
+
+
+def many_contract(
+    spec: Contraction, many: Many, x: jax.Array, w: jax.Array, first: jax.Array, second: jax.Array,
+    scale: jax.Array, index: jax.Array, key: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The adapted product of one row; see the module.
+
+    **Arguments:** `spec` as for `low_rank_contract`, its factors without the slots; `first` and `second`, the stacks;
+    `scale` (slots,); `index`, an integer scalar, negative for none.
+
+    Sums are float32 (float64 for float64); `scale` multiplies the thin one before it is rounded to `x`'s dtype.
+    Differentiable in reverse mode by `x`, `w` and both stacks; `scale` has no gradient.
+    """
+    y = contract(
+        x, spec.x, w, spec.w, spec.y, summed=spec.summed,
+        precision=spec.precision, preferred_element_type=spec.preferred_element_type, out_sharding=spec.out_sharding,
+    )  # fmt: skip
+    dtype = compute_dtype(x)
+    dropped = dropout(x.astype(dtype), key, spec.dropout_rate, spec.columns)
+    branch = _branch(spec, many)(dropped, first.astype(dtype), second.astype(dtype), lax.stop_gradient(scale), index)
+    return y + branch.astype(y.dtype)
+
+
+def _branch(spec: Contraction, many: Many) -> Any:
+    def one(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
+        rows = _rows(spec, many._replace(selection="gathered"), x[None], first, second, scale, index[None])
+        return lax.squeeze(rows, (0,))
+
+    @custom_vmap
+    def branch(x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
+        return one(x, first, second, scale, index)
+
+    @branch.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> tuple[jax.Array, bool]:
+        if any(mapped[1:4]):  # a stack for each row: a `vmap` of somebody else's
+            return jax.vmap(one, in_axes=tuple(0 if m else None for m in mapped), axis_size=size)(*operands), True
+        x, first, second, scale, index = operands
+        x = x if mapped[0] else jnp.broadcast_to(x, (size, *x.shape))
+        index = index if mapped[4] else jnp.broadcast_to(index, (size,))
+        tokens = math.prod(n for n, name in zip(x.shape[1:], spec.x, strict=True) if name in spec.y)
+        chosen = many._replace(selection=many.way(size, tokens))
+        return _rows(spec, chosen, x, first, second, scale, index), True
+
+    return branch
+
+
+class _Operands(NamedTuple):
+    """The two factors as one of the ways multiplies by them, and the axes of them and of the thin sum between."""
+
+    first: jax.Array
+    first_axes: Axes
+    second: jax.Array
+    second_axes: Axes
+    h_axes: Axes
+    on: jax.Array  # what a thin sum is multiplied by: 1 where it was chosen, of the shape of its first axes
+
+
+def _operands(spec: Contraction, many: Many, first: Any, second: Any, index: Any) -> _Operands:
+    if many.selection == "masked":
+        on = index[:, None] == jnp.arange(many.slots)
+        return _Operands(first, many.first, second, many.second, (ROW, SLOT, *spec.h), on)
+
+    def taken(stack: Any, axes: Axes) -> tuple[jax.Array, Axes]:
+        at = axes.index(SLOT)
+        rows = jnp.take(stack, jnp.maximum(index, 0), at, mode="clip")
+        return rows, tuple(ROW if name == SLOT else name for name in axes)
+
+    return _Operands(*taken(first, many.first), *taken(second, many.second), (ROW, *spec.h), index >= 0)
+
+
+def _times(h: jax.Array, on: jax.Array) -> jax.Array:
+    return h * on.reshape(*on.shape, *(1,) * (h.ndim - on.ndim)).astype(h.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rows(spec: Contraction, many: Many, x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
+    return _forward(spec, many, x, first, second, scale, index)[0]
+
+
+def _forward(spec: Contraction, many: Many, x: Any, first: Any, second: Any, scale: Any, index: Any) -> Any:
+    """The branch of all rows, and the scaled thin sum of the chosen factors."""
+    ops = _operands(spec, many, first, second, index)
+    h = contract(
+        x, (ROW, *spec.x), ops.first, ops.first_axes, ops.h_axes,
+        precision=spec.precision, preferred_element_type=wide(x.dtype),
+    )  # fmt: skip
+    h = _times(h, _scaled_mask(ops.on, scale, index)).astype(x.dtype)
+    return contract(h, ops.h_axes, ops.second, ops.second_axes, (ROW, *spec.y), precision=spec.precision), h
+
+
+def _scaled_mask(on: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
+    chosen = scale[jnp.maximum(index, 0)]
+    return on.astype(scale.dtype) * chosen.reshape(-1, *(1,) * (on.ndim - 1))
+
+
+def _fwd(spec: Any, many: Any, x: Any, first: Any, second: Any, scale: Any, index: Any) -> Any:
+    y, h = _forward(spec, many, x, first, second, scale, index)
+    return y, (x, first, second, scale, index, h)
+
+
+def _bwd(spec: Contraction, many: Many, saved: Any, dy: jax.Array) -> Any:
+    x, first, second, scale, index, h = saved
+    ops = _operands(spec, many, first, second, index)
+    pair = functools.partial(contract, precision=spec.precision, preferred_element_type=wide(x.dtype))
+    g = pair(dy, (ROW, *spec.y), ops.second, ops.second_axes, ops.h_axes)
+    g = _times(g, _scaled_mask(ops.on, scale, index)).astype(x.dtype)
+    dx = pair(g, ops.h_axes, ops.first, ops.first_axes, (ROW, *spec.x)).astype(x.dtype)
+    dfirst = pair(x, (ROW, *spec.x), g, ops.h_axes, ops.first_axes)
+    dsecond = pair(h, ops.h_axes, dy, (ROW, *spec.y), ops.second_axes)
+    if many.selection != "masked":
+        dfirst = _summed(dfirst, ops.first_axes, many.slots, index)
+        dsecond = _summed(dsecond, ops.second_axes, many.slots, index)
+    return dx, dfirst.astype(first.dtype), dsecond.astype(second.dtype), jnp.zeros_like(scale), None
+
+
+def _summed(rows: jax.Array, axes: Axes, slots: int, index: jax.Array) -> jax.Array:
+    """Gradients of rows added up in their slots. Those of the base are zero already."""
+    at = axes.index(ROW)
+    shape = (*rows.shape[:at], slots, *rows.shape[at + 1 :])
+    where = (slice(None),) * at + (jnp.maximum(index, 0),)
+    return jnp.zeros(shape, rows.dtype).at[where].add(rows)
+
+
+_rows.defvjp(_fwd, _bwd)
+
+
+def part_by_part(fn: Any) -> Any:
+    """`fn`, of which `jax.vmap` makes a loop over its parts. Unlike `sequential_vmap`'s, it has a reverse mode."""
+
+    @custom_vmap
+    def call(*operands: Any) -> Any:
+        return fn(*operands)
+
+    @call.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(operands)
+        moving = [i for i, one in enumerate(jax.tree.leaves(mapped)) if one]
+
+        def part(values: Any) -> Any:
+            filled = list(leaves)
+            for i, value in zip(moving, values, strict=True):
+                filled[i] = value
+            return fn(*jax.tree.unflatten(tree, filled))
+
+        out = lax.map(part, [leaves[i] for i in moving])
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call

@@ -1,0 +1,100 @@
+"""DTensors: parameters split over a mesh before and after adapting, and inputs split over it. One process, gloo."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch.distributed.tensor")
+
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor  # noqa: E402
+
+from lora_torch.lora import patch_linear_module  # noqa: E402
+from lora_torch.mlp import fused_lora_relu2_mlp  # noqa: E402
+from tests.interop.lora_problem import check, linear, randomise, relative, tensors  # noqa: E402
+
+K, N = 12, 20
+pytestmark = pytest.mark.filterwarnings("ignore:.*DTensor random operators:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def split(layer: nn.Module, mesh, placement) -> nn.Module:
+    def over(name, module, mesh):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            where = placement if key == "weight" or placement == Shard(0) else Replicate()
+            value = distribute_tensor(parameter.data, mesh, [where])
+            setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+    return distribute_module(layer, mesh, over)
+
+
+def whole(layer: nn.Module, **options) -> nn.Module:
+    """The adapted layer without a mesh."""
+    made = patch_linear_module(linear(K, N), 4, 7, use_triton=False, **options)
+    made.load_state_dict({name: value.full_tensor() for name, value in layer.state_dict().items()})
+    return made
+
+
+# Data parallel, sequence parallel, column-wise and row-wise: weight, input.
+@pytest.mark.parametrize(
+    "weight,x_placement",
+    [
+        (Replicate(), Replicate()),
+        (Replicate(), Shard(0)),
+        (Replicate(), Shard(1)),
+        (Shard(0), Replicate()),
+        (Shard(1), Shard(2)),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_inputs_and_weights_over_a_mesh(mesh, weight, x_placement, options):
+    layer = patch_linear_module(split(linear(K, N), mesh, weight), 4, 7, use_triton=False, **options)
+    assert layer.lora_A.weight.placements == (weight if weight == Shard(1) else Replicate(),)
+    assert layer.lora_B.weight.placements == (weight if weight == Shard(0) else Replicate(),)
+    assert layer.lora_A.weight.full_tensor().any() and layer.lora_A.weight.requires_grad
+    with torch.no_grad():
+        layer.lora_B.weight.copy_(distribute_tensor(torch.randn(N, 4), mesh, layer.lora_B.weight.placements))
+    x, dy = tensors(2, 3, K, n=N)
+    spread = distribute_tensor(x.detach(), mesh, [x_placement]).requires_grad_()
+    y = layer(spread)
+    assert isinstance(y, DTensor)
+    y = y.full_tensor()
+    y.backward(dy)
+    found = {"x": spread.grad, "a": layer.lora_A.weight.grad, "b": layer.lora_B.weight.grad}
+    found = {"y": y, **{name: value.full_tensor() for name, value in found.items()}}
+    alone = whole(layer, **options)
+    if not options:
+        check(found, alone, x, dy, 7 / 4)
+    want = alone(x)
+    want.backward(dy)
+    for name, value in {"y": want, "x": x.grad, "a": alone.lora_A.weight.grad, "b": alone.lora_B.weight.grad}.items():
+        assert relative(found[name], value) < 1e-6, name
+
+
+def test_splitting_after_adapting(mesh):
+    layer = randomise(patch_linear_module(linear(K, N), 4, 7, use_triton=False))
+    x, _ = tensors(5, K, n=N)
+    want = layer(x)
+    split(layer, mesh, Replicate())
+    assert torch.allclose(layer(distribute_tensor(x.detach(), mesh, [Shard(0)])).full_tensor(), want, atol=1e-6)
+
+
+def test_what_takes_no_dtensors(mesh):
+    layer = split(patch_linear_module(linear(K, N), 4, layer_name="q"), mesh, Replicate())
+    x = distribute_tensor(torch.ones(2, K), mesh, [Shard(0)])
+    with pytest.raises(
+        NotImplementedError, match="q: the Triton kernels take the tensors of one device, not a DTensor"
+    ):
+        layer(x)
+    up, down = (
+        split(patch_linear_module(linear(*size), 4, use_triton=False), mesh, Replicate()) for size in ((K, N), (N, K))
+    )
+    with pytest.raises(ValueError, match="its parameters are DTensors, so this MLP cannot run fused"):
+        fused_lora_relu2_mlp(up, down, x)
