@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lora_jax import tracing
 from lora_jax.adapters import Adapter, expected_leaves
@@ -139,7 +140,7 @@ def balanced(site: Site, u: jax.Array, s: jax.Array, vh: jax.Array) -> Pair:
 
 
 def _refuse_not_finite(sites: tuple[Site, ...], pairs: Mapping[Path, Pair]) -> None:
-    if any(isinstance(x, jax.core.Tracer) for pair in pairs.values() for x in pair):
+    if any(isinstance(x, Tracer) for pair in pairs.values() for x in pair):
         return  # under `jit` there is no value to look at
     finite = dict(zip(pairs, _finite(list(pairs.values())), strict=True))
     if bad := [f"`{site.name}` {site.shape}" for site in sites if not finite.get(site.path, True)]:
