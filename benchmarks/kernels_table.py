@@ -30,10 +30,13 @@ FEW_ROWS = 1024
 
 
 def read(path: Path) -> list[Row]:
-    """The last measurement of each row, in the order of the first."""
+    """The last measurement of each row, in the order of the first. Of what kernels took then, another commit's rows of
+    a pass that was measured again tell nothing."""
     if not path.exists():
         return []
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    last = {(shape_of(row), row["pass"]): row["commit"] for row in rows}
+    rows = [row for row in rows if last[shape_of(row), row["pass"]] == row["commit"]]
     return list({(shape_of(row), row["pass"], row["row"]): row for row in rows}.values())
 
 
