@@ -43,6 +43,7 @@ def outer(
     g: jax.Array,
     config: OuterConfig,
     *,
+    part: tuple[int, int] | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     interpret: Any = None,
@@ -50,15 +51,16 @@ def outer(
     """`drop(x)ᵀ·g`: (M, K), thin -> (K, R) float32. `thin` is (R, M or more), or (M or more, R) for R in the ring.
 
     `seed` and `threshold` as in `mosaic_down.down`. R is a multiple of 16, K of 64. Rows of `g` beyond M must be
-    finite.
+    finite. `part`: (first, R) of the ranks of `g`, if not all, as in `mosaic_gemm`.
     """
     c = config
-    k, rank = x.shape[1], rank_of(g)
+    first, rank = part or (0, rank_of(g))
+    k = x.shape[1]
     blocks = pl.cdiv(k, c.columns)
     operands = [x, g, *([] if seed is None else [seed])]
 
     def body(x_g, g_g, *rest):
-        _kernel(x_g, g_g, rest[0] if seed is not None else None, rest[-1], config=c, threshold=threshold)
+        _kernel(x_g, g_g, rest[0] if seed is not None else None, rest[-1], first=first, config=c, threshold=threshold)
 
     out = plgpu.kernel(
         body,
@@ -73,7 +75,7 @@ def outer(
     return (out.sum(0) if c.splits > 1 else out[0])[:k]
 
 
-def _kernel(x_g, g_g, seed_g, out_g, *, config: OuterConfig, threshold: int):
+def _kernel(x_g, g_g, seed_g, out_g, *, first: int, config: OuterConfig, threshold: int):
     c = config
     dtype, rank = x_g.dtype, out_g.shape[2]
     by_rank = not in_ring(rank)
@@ -95,7 +97,8 @@ def _kernel(x_g, g_g, seed_g, out_g, *, config: OuterConfig, threshold: int):
         def load(slot, step):
             ms = pl.ds((split * steps + step) * c.rows, c.rows)
             plgpu.copy_gmem_to_smem(x_g.at[ms, pl.ds(column0, c.columns)], x_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(g_g.at[:, ms] if by_rank else g_g.at[ms], g_s.at[slot], full.at[slot])
+            ranks = pl.ds(first, rank)
+            plgpu.copy_gmem_to_smem(g_g.at[ranks, ms] if by_rank else g_g.at[ms, ranks], g_s.at[slot], full.at[slot])
 
         def multiply(acc):
             def use(slot, step):
