@@ -1,13 +1,15 @@
 """The Hopper kernels against XLA on one GPU: checked first, then timed.
 
     PYTHONPATH=. python3 benchmarks/kernels.py --out benchmarks/results/kernels.jsonl
+    PYTHONPATH=. python3 benchmarks/kernels.py --implementation triton --out benchmarks/results/triton.jsonl
     PYTHONPATH=.:interop:examples python3 benchmarks/kernels.py --train --out benchmarks/results/train_step.jsonl
 
 For each shape: the linear by XLA with a frozen weight (the reference, of which ratios are taken), plain LoRA by XLA
 (`lora_dot(implementation="xla")`) and the kernels, forward and forward + backward, with dropout and without; each
 kernel alone; and few rows, to see from where on the kernels pay. `forward + backward` is y and the gradient of x for
 the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the end. Within `--budget`
-seconds: what did not fit is named at the end. `--train`: a training step of a Llama, see `train_step.py`.
+seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead of the Hopper ones, and
+each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
 """
 
 from __future__ import annotations
@@ -34,13 +36,16 @@ from benchmarks.timing import Chain, compile_all, measure, summary
 from lora_jax import reference
 from lora_jax.kernels import mosaic_lora, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
+from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
-from lora_jax.ops import lora_dot
+from lora_jax.ops import families, lora_dot
+from lora_jax.ops.families import FAMILIES
 from tests.kernels.problems import Problem, drawn, seed_words
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+family: Any = mosaic_lora  # the kernels that are timed
 RATE, THRESHOLD, SMS = 0.05, 3277, 132
 SHAPES = [
     (8192, 4096, 4096, 16),
@@ -92,12 +97,12 @@ def drop(seed: jax.Array | None) -> mosaic_lora.Drop | None:
 
 
 def kernels(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, seed: jax.Array | None = None) -> jax.Array:
-    return mosaic_lora.forward(x, w, a, b, drop(seed))[0]
+    return family.forward(x, w, a, b, drop(seed))[0]
 
 
 def kernels_both(x: jax.Array, dy: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, seed: Any = None) -> Any:
-    y, h = mosaic_lora.forward(x, w, a, b, drop(seed))
-    return y, *mosaic_lora.backward(dy, x, w, a, b, h, drop(seed))
+    y, h = family.forward(x, w, a, b, drop(seed))
+    return y, *family.backward(dy, x, w, a, b, h, drop(seed))
 
 
 def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
@@ -134,6 +139,14 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
     )
     if not alone:
         return
+    if family is not mosaic_lora:
+        from benchmarks import triton_from_jax
+
+        found, work = triton_from_jax.chains(xs, dys, w, a, b, seed, THRESHOLD)
+        bare = Chain("XLA frozen", frozen, x_only, (w,))
+        back = Chain("XLA frozen, input gradient", through, dy_only, (w,))
+        yield Group("alone", [bare, back, *found], work | dict.fromkeys((bare.row, back.row), (flops, 0)))
+        return
     rank = padded_rank(r)
     a_t, b = pad(a.T, rank), pad(b, rank)
     thin = functools.partial(thin_of, ring=in_ring(rank))
@@ -142,17 +155,23 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
 
     def product(x, w, thin, tail, seed=None, *, transposed=False):
         out = w.shape[0] if transposed else w.shape[1]
-        config = tuned.gemm_config(m, x.shape[1], out, rank, dropped=seed is not None)
+        config = tuned.gemm_config(m, x.shape[1], out, rank, dropped=seed is not None, transposed=transposed)
         options = {} if seed is None else {"seed": seed, **masked}
         return gemm(x, w, thin, tail, config, transposed=transposed, **options)
 
     def thin_product(x, a, seed=None):
         options = {} if seed is None else {"seed": seed, **masked}
-        return down(x, a, tuned.down_config(m, x.shape[1], rank, SMS), **options)
+        return down(x, a, tuned.down_config(m, x.shape[1], rank, SMS, dropped=seed is not None), **options)
 
-    def outer_product(x, g, seed=None):
+    def outer_product(x, dy, g, h, seed=None):
         options = {} if seed is None else {"seed": seed, **masked}
-        return outer(x, g, tuned.outer_config(m, x.shape[1], rank, SMS), **options)
+        return outer([(x, g), (dy, h)], tuned.outer_config(m, k + n, rank, SMS, dropped=seed is not None), **options)
+
+    def in_one(x, w, a_t, b, seed=None, *, transposed=False):
+        options = {} if seed is None else {"seed": seed, **masked}
+        return adapted(x, w, a_t, b, transposed=transposed, **options)
+
+    in_one_back = functools.partial(in_one, transposed=True)
 
     back = functools.partial(product, transposed=True)
     tail = a_t.T if in_ring(rank) else a_t
@@ -165,13 +184,18 @@ def groups(m: int, k: int, n: int, r: int, *, alone: bool) -> Iterator[Group]:
         Chain("down x", thin_product, x_only, (a_t,)),
         Chain("down x, dropout", thin_product, x_only, (a_t, seed)),
         Chain("down dy", thin_product, dy_only, (b,)),
-        Chain("outer x", outer_product, x_only, (g,)),
-        Chain("outer x, dropout", outer_product, x_only, (g, seed)),
-        Chain("outer dy", outer_product, dy_only, (h,)),
+        Chain("outer x and dy", outer_product, both, (g, h)),
+        Chain("outer x and dy, dropout", outer_product, both, (g, h, seed)),
     ]
+    if mosaic_lora.in_one_kernel(min(k, n), rank):
+        chains += [
+            Chain("gemm with down x", in_one, x_only, (w, a_t, b)),
+            Chain("gemm with down dy, input gradient", in_one_back, dy_only, (w, b, a_t)),
+            Chain("gemm with down dy, input gradient, dropout", in_one_back, dy_only, (w, b, a_t, seed)),
+        ]
     work = {}
     for chain in chains:
-        width = n if "dy" in chain.row else k
+        width = k + n if "outer" in chain.row else n if "dy" in chain.row else k
         big = chain.row.startswith(("gemm", "XLA"))
         # The thin passes read their matrix once; the rest is small beside it.
         work[chain.row] = (flops, 0) if big else (2.0 * m * width * rank, 2.0 * m * width)
@@ -205,8 +229,8 @@ def check_small() -> None:
 
             @jax.jit
             def both(x, dy, w, a, b, options=options):
-                y, h = mosaic_lora.forward(x, w, a, b, options)
-                return y, *mosaic_lora.backward(dy, x, w, a, b, h, options)
+                y, h = family.forward(x, w, a, b, options)
+                return y, *family.backward(dy, x, w, a, b, h, options)
 
             problem.check(dict(zip("yxab", both(x, dy, w, a, b), strict=True)))
 
@@ -253,7 +277,7 @@ def time_shape(shape: tuple[int, int, int, int], *, alone: bool, rounds: int) ->
     m, k, n, r = shape
     for group in found:
         reference_job, *candidates = [next(jobs) for _ in group.chains]
-        measure(reference_job, candidates, rounds=rounds, burst=0.03 if group.passes != "alone" else 0.01)
+        measure(reference_job, candidates, rounds=rounds, burst=0.06 if group.passes != "alone" else 0.03)
         for job in (reference_job, *candidates):
             row: dict[str, Any] = {"m": m, "k": k, "n": n, "r": r, "pass": group.passes, **summary(job)}
             flops, moved = group.work[job.row]
@@ -280,12 +304,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=240, help="seconds; no shape is begun that may not fit")
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
+    parser.add_argument("--implementation", choices=FAMILIES, default="mosaic_gpu")
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--commit", help="what to write as the commit where this is no git repository")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file instead of printing them")
     options = parser.parse_args()
     start, rows, longest = time.perf_counter(), [], 0.0
-    common = about() | ({"commit": options.commit} if options.commit else {})
+    global family
+    family = families.kernels(options.implementation)
+    common = about() | {"implementation": options.implementation}
+    common |= {"commit": options.commit} if options.commit else {}
 
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)

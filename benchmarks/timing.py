@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax import lax
+
+from lora_jax.ops.timing import chained
 
 COMPILERS = 14
 
@@ -50,20 +51,7 @@ class Chain:
     rest: tuple[Any, ...]
 
     def compiled(self) -> Job:
-        fn = jax.jit(self.fn)
-
-        def program(inputs: Sequence[tuple[Any, ...]], rest: tuple[Any, ...]) -> list[Any]:
-            outputs = []
-            following = inputs[0]
-            for i in range(len(inputs)):
-                outputs.append(fn(*following, *rest))
-                if i + 1 < len(inputs):
-                    # Without it XLA would run them in any order, or several at once.
-                    following, outputs[-1] = lax.optimization_barrier((inputs[i + 1], outputs[-1]))
-            return outputs
-
-        executable = jax.jit(program).lower(self.inputs, self.rest).compile()
-        return Job(self.row, lambda: executable(self.inputs, self.rest), len(self.inputs))
+        return Job(self.row, chained(self.fn, self.inputs, self.rest), len(self.inputs))
 
 
 def compile_all(chains: Sequence[Chain]) -> list[Job]:

@@ -10,6 +10,7 @@ Attention is cuDNN's where this jax can call it, else XLA's; the line says which
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ import lora_jax as lj
 from benchmarks.timing import Job, measure, summary
 from lora_examples.llama import LlamaConfig, rotate
 from lora_examples.llama_linen import MLP
+from lora_jax import ops
 
 BATCH, LENGTH = 4, 2048
 CONFIG = LlamaConfig(
@@ -120,8 +122,9 @@ def steps(
     """`(row, step, arguments, how many of the results are the next arguments)`."""
     trunk = Trunk(config, attention, scanned)
     embedded = jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.bfloat16)
-    # Flax makes float32 parameters, beside which a scan must carry float32.
-    shapes = jax.eval_shape(trunk.init, jax.random.key(0), jax.ShapeDtypeStruct(embedded.shape, jnp.float32))
+    # Flax makes float32 parameters, beside which a scan must carry float32, which cuDNN's attention does not take.
+    initial = Trunk(config, "xla", scanned)
+    shapes = jax.eval_shape(initial.init, jax.random.key(0), jax.ShapeDtypeStruct(embedded.shape, jnp.float32))
     params = random_params(shapes["params"])
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
 
@@ -153,9 +156,18 @@ def steps(
         yield name, step, (adapter, optimizer.init(adapter), params, tokens), 2
 
 
-def compiled(row: str, step: Callable[..., Any], arguments: tuple[Any, ...], carried: int) -> tuple[Job, int]:
-    """The job, and the bytes that XLA plans for: arguments, results and everything between."""
-    executable = jax.jit(step).lower(*arguments).compile()
+def lowered(row: str, step: Callable[..., Any], arguments: tuple[Any, ...], carried: int) -> tuple[Any, ...]:
+    """The program, and how many adapted products it runs on which implementation (of a scan's, one counts)."""
+    with ops.recording() as choices:
+        program = jax.jit(step).lower(*arguments)
+    return row, program, arguments, carried, dict(Counter(choice.implementation for choice in choices))
+
+
+def compiled(
+    row: str, program: Any, arguments: tuple[Any, ...], carried: int, chosen: dict[str, int]
+) -> tuple[Job, int, dict[str, int]]:
+    """The job, the bytes that XLA plans for (arguments, results and everything between), and the choices."""
+    executable = program.compile()
     analysis = executable.memory_analysis()
     planned = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     now = list(arguments)
@@ -165,7 +177,7 @@ def compiled(row: str, step: Callable[..., Any], arguments: tuple[Any, ...], car
         now[:carried] = out[:carried]
         return out
 
-    return Job(row, run), planned
+    return Job(row, run), planned, chosen
 
 
 def run(
@@ -175,28 +187,30 @@ def run(
     for scanned in (False, True):
         start = time.perf_counter()
         with ThreadPoolExecutor(3) as threads:
-            found = list(threads.map(lambda each: compiled(*each), steps(config, batch, length, attention, scanned)))
+            programs = [lowered(*each) for each in steps(config, batch, length, attention, scanned)]
+            found = list(threads.map(lambda each: compiled(*each), programs))
         seconds = time.perf_counter() - start
         peaks: dict[str, int | None] = {}
         # Least memory first: the peak that the device counts only ever rises.
-        for job, _ in sorted(found, key=lambda each: each[1]):
+        for job, *_ in sorted(found, key=lambda each: each[1]):
             before = peak_bytes()
             jax.block_until_ready(job.run())
             peaks[job.row] = peak_bytes() if peak_bytes() > before else None
-        (reference, _), *candidates = found
-        measure(reference, [job for job, _ in candidates], rounds=rounds, burst=burst)
-        for job, planned in found:
+        (reference, *_), *candidates = found
+        measure(reference, [job for job, *_ in candidates], rounds=rounds, burst=burst)
+        for job, planned, chosen in found:
             row = summary(job)
             yield {
                 "pass": "training step, scanned" if scanned else "training step, unrolled",
                 "attention": attention,
+                "products": chosen,
                 **row,
                 "tokens_per_s": round(batch * length / row["median_us"] * 1e6),
                 "planned_bytes": planned,
                 "peak_bytes": peaks[job.row],
                 "compile_s": round(seconds, 1),
             }
-        del found, reference, candidates, job  # and with them the parameters
+        del found, programs, reference, candidates, job  # and with them the parameters
 
 
 def peak_bytes() -> int:
@@ -211,6 +225,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         f"{row['pass']:24} {row['row']:28} {row['median_us'] / 1000:8.2f} ms {row['ratio']:6.3f} "
         f"{row['tokens_per_s']:8} tokens/s {row['planned_bytes'] / 1e9:6.2f} GB planned, "
-        f"peak {gigabytes(row['peak_bytes'])}, attention by {row['attention']}"
+        f"peak {gigabytes(row['peak_bytes'])}, attention by {row['attention']}, {row['products']}"
         for row in rows
     )

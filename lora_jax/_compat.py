@@ -138,11 +138,13 @@ def laid_out_as(x: Any, like: Any) -> Any:
 
 
 class Device(NamedTuple):
-    """What is compiled for: `cpu`, `cuda`, `rocm` ...; the model's name; CUDA's compute capability where known."""
+    """What is compiled for: `cpu`, `cuda`, `rocm` ...; the model's name; of CUDA, where known, the compute capability
+    and the number of multiprocessors."""
 
     platform: str
     kind: str
     capability: tuple[int, int] | None
+    multiprocessors: int | None = None
 
 
 def target_device() -> Device:
@@ -150,15 +152,17 @@ def target_device() -> Device:
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         hopper = any(name in abstract.device_kind for name in ("H100", "H200", "H800", "H20"))
-        return Device(
-            _platform(abstract.platform, abstract.device_kind), abstract.device_kind, (9, 0) if hopper else None
-        )
+        kind = abstract.device_kind
+        # A mesh of types alone says no more than the name, which is that of a whole GPU with all of its parts on.
+        whole = 132 if kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200") else abstract.num_cores
+        return Device(_platform(abstract.platform, kind), kind, (9, 0) if hopper else None, whole)
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     capability = str(getattr(device, "compute_capability", "")).split(".")
     known = (int(capability[0]), int(capability[1])) if len(capability) == 2 else None
-    return Device(_platform(device.platform, device.device_kind), device.device_kind, known)
+    cores = getattr(device, "core_count", None)
+    return Device(_platform(device.platform, device.device_kind), device.device_kind, known, cores)
 
 
 def _platform(platform: str, kind: str) -> str:

@@ -19,6 +19,11 @@ class Explanation:
 
     choices: tuple[Choice, ...]
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """M, K, N and R of the products that are ones of matrices, each once: what `lora_jax.ops.tune` takes."""
+        return tuple(dict.fromkeys(each.sizes for each in self.choices if each.sizes is not None))
+
     def __str__(self) -> str:
         lines: dict[str, int] = {}
         for choice in self.choices:

@@ -33,7 +33,8 @@ def apply(fn: Callable[..., Any], plan: Plan, *, implementation: str | None = No
 
     `implementation`: of the adapted products. None lets each one run on what suits the platform, its dtypes and its
     sizes (`lora_jax.explain` shows which, and why); `"xla"` is the plain one; `"mosaic_gpu"` are fused
-    kernels for Hopper GPUs and an error, with the reason, for a product that they can't compute.
+    kernels for Hopper GPUs, `"triton"` those for Ampere, Ada and Hopper, and an error, with the reason, for a product
+    that they can't compute.
 
     **Arguments of the result:**
 

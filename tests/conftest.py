@@ -58,6 +58,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
+# Of these folders, where programs are small and most run once: making them fast took a third of the time. Not of the
+# command line, which in a process of its own has to give the same bits.
+SMALL = ("core", "front_ends", "kernels")
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.parent.name not in SMALL or request.config.option.markexpr == "gpu":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def strict_jax() -> Iterator[None]:
     """Makes implicit dtype and rank promotion errors.

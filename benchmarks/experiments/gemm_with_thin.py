@@ -284,6 +284,7 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
 
                 def product(acc):
                     plain(acc, turn, 0, lo)
+                    plgpu.wgmma_wait(0)
 
                     def thin(h_acc):
                         @pl.loop(lo, hi)
@@ -309,6 +310,7 @@ def _kernel(x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, grid, transposed, tile, s
                     shares_g.at[ni, pl.ds(mi * cta_m + cta * (cta_m // 2) + wg * half, half)][...] = h
                     pl.semaphore_signal(written.at[mi])
                     plain(acc, turn, hi, steps)
+                    plgpu.wgmma_wait(0)
                     add_shares(mi, ni)
                     return finish(acc, turn)
 

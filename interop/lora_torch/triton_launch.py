@@ -19,7 +19,9 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.kernels.triton_configs import GemmConfig, PassConfig, down_config, gemm_config, outer_config, padded
+from lora_jax.kernels import triton_plans as plans
+from lora_jax.kernels.triton_configs import GemmConfig, PassConfig
+from lora_jax.kernels.triton_plans import Launch, Matrix
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +55,12 @@ class Drop:
     @property
     def threshold(self) -> int:
         """An element is kept if its 16 bits are not below this."""
-        return round(self.rate * 65536)
+        return round(self.rate * plans.STEPS)
 
     @property
     def scale(self) -> float:
         """What kept elements are multiplied by: the inverse of the exact probability of being kept."""
-        return 65536 / (65536 - self.threshold) if self.threshold < 65536 else 0.0
+        return plans.rescaling(self.threshold)
 
 
 def down(
@@ -74,41 +76,12 @@ def down(
     Raises: ValueError for shapes, TypeError for dtypes, RuntimeError without a GPU (see `check`).
     """
     check({"x": x, "a": a}, [("x", 1, "a", 0)])
-    (m, k), r = x.shape, a.shape[1]
-    drop = drop if drop and drop.threshold else None
-    out = x.new_empty(m, r)
-    if m == 0:
+    out = x.new_empty(x.shape[0], a.shape[1])
+    if x.shape[0] == 0:
         return out
-    tma = x.element_size() == 2 and _describable(x)
-    config = config or down_config(m, k, r, x.element_size(), tma=tma, dropout=drop is not None)
-    tma &= config.tma
-    blocks = _blocks(m, config.rows)
-    parts = config.split(blocks, _blocks(k, config.columns), sms(x.device.index))
-    target = out if parts == 1 else out.new_empty((parts, m, r), dtype=_float32())
-    _kernel("down")[(blocks * parts,)](
-        _described(x, config.rows, config.columns) if tma else x,
-        a,
-        target,
-        drop.words if drop else None,
-        scale * drop.scale if drop else scale,
-        drop.threshold if drop else 0,
-        m,
-        k,
-        *x.stride(),
-        *a.stride(),
-        m * r,
-        *out.stride(),
-        R=r,
-        RP=padded(r),
-        BM=config.rows,
-        BK=config.columns,
-        SPLIT=parts,
-        DROP=drop is not None,
-        TMA=tma,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return out if parts == 1 else _sum(target, out)
+    threshold = drop.threshold if drop else 0
+    plan = plans.down(_seen(x), _seen(a), scale, threshold, sms(x.device.index), config=config)
+    return _run(plan, out, x_ptr=x, a_ptr=a, seed_ptr=drop.words if drop else None)
 
 
 def outer(
@@ -123,41 +96,12 @@ def outer(
     Raises: as `down`.
     """
     check({"t": t, "v": v}, [("t", 0, "v", 0)])
-    (m, r), c = t.shape, v.shape[1]
-    drop = drop if drop and drop.threshold else None
-    out = t.new_empty((r, c), dtype=_float32())
-    if m == 0:
+    out = t.new_empty((t.shape[1], v.shape[1]), dtype=_float32())
+    if t.shape[0] == 0:
         return out.zero_()
-    tma = v.element_size() == 2 and _describable(v)
-    config = config or outer_config(m, c, r, v.element_size(), tma=tma, dropout=drop is not None)
-    tma &= config.tma
-    blocks = _blocks(c, config.columns)
-    parts = config.split(blocks, _blocks(m, config.rows), sms(v.device.index))
-    target = out if parts == 1 else out.new_empty((parts, r, c))
-    _kernel("outer")[(blocks * parts,)](
-        t,
-        _described(v, config.rows, config.columns) if tma else v,
-        target,
-        drop.words if drop else None,
-        drop.scale if drop else 1.0,
-        drop.threshold if drop else 0,
-        m,
-        c,
-        *t.stride(),
-        *v.stride(),
-        r * c,
-        *out.stride(),
-        R=r,
-        RP=padded(r),
-        BM=config.rows,
-        BC=config.columns,
-        SPLIT=parts,
-        DROP=drop is not None,
-        TMA=tma,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return out if parts == 1 else _sum(target, out)
+    threshold = drop.threshold if drop else 0
+    plan = plans.outer(_seen(t), _seen(v), threshold, sms(v.device.index), config=config)
+    return _run(plan, out, t_ptr=t, v_ptr=v, seed_ptr=drop.words if drop else None)
 
 
 def forward(
@@ -206,56 +150,27 @@ def _gemm(
         [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1)]
         + ([] if bias is None else [("w", 1, "bias", 0)]),
     )
-    (m, k), n, r = x.shape, w.shape[1], h.shape[1]
-    drop = drop if drop and drop.threshold else None
-    y = x.new_empty(m, n)
-    if m == 0:
+    y = x.new_empty(x.shape[0], w.shape[1])
+    if x.shape[0] == 0:
         return y
-    rp = padded(r)
-    transposed = w.stride(0) == 1 != w.stride(1)
-    tma = x.element_size() == 2 and all(map(_describable, (x, w.T if transposed else w, y)))
-    config = config or gemm_config(m, n, k, r, x.element_size(), tma=tma, dropout=drop is not None)
-    tiles = _blocks(m, config.bm) * _blocks(n, config.bn)
-    if not tma:
-        w_argument = w
-    elif transposed:
-        w_argument = _described(w.T, config.bn, config.bk)
-    else:
-        w_argument = _described(w, config.bk, config.bn)
-    _kernel("gemm")[(min(tiles, config.per_sm * sms(x.device.index)) if config.per_sm else tiles,)](
-        _described(x, config.bm, config.bk) if tma else x,
-        w_argument,
-        h,
-        b,
-        bias,
-        _described(y, config.bm, config.bn // config.chunks) if tma else y,
-        drop.words if drop else None,
-        drop.scale if drop else 1.0,
-        drop.threshold if drop else 0,
-        m,
-        n,
-        k,
-        *x.stride(),
-        *w.stride(),
-        *h.stride(),
-        *b.stride(),
-        *y.stride(),
-        R=r,
-        RP=rp,
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        GROUP=config.group,
-        CHUNKS=config.chunks,
-        PREFETCH=config.prefetch(rp, x.element_size()),
-        BIAS=bias is not None,
-        DROP=drop is not None,
-        W_T=transposed,
-        TMA=tma,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return y
+    plan = plans.gemm(
+        *map(_seen, (x, w, h, b, y)), drop.threshold if drop else 0, sms(x.device.index),
+        bias=bias is not None, config=config,
+    )  # fmt: skip
+    w = w.T if plan.blocks and plan.numbers["W_T"] else w
+    return _run(plan, y, x_ptr=x, w_ptr=w, h_ptr=h, b_ptr=b, bias_ptr=bias, seed_ptr=drop.words if drop else None)
+
+
+def _run(plan: Launch, out: torch.Tensor, **operands: torch.Tensor | None) -> torch.Tensor:
+    """`operands` by the names of their pointers."""
+    target = out if plan.parts == 1 else out.new_empty((plan.parts, *out.shape), dtype=_float32())
+    pointers = operands | {plan.out: target}
+    for name, block in plan.blocks.items():
+        pointers[name] = _described(pointers[name], block)
+    _kernel(plan.kernel)[(plan.programs,)](
+        **pointers, **plan.numbers, num_warps=plan.warps, num_stages=plan.stages
+    )  # fmt: skip
+    return out if plan.parts == 1 else _run(plans.total(out.numel(), plan.parts), out, parts_ptr=target)
 
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:
@@ -323,34 +238,20 @@ def _has_tma(device: int | None) -> bool:
     return device is None or torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _describable(tensor: torch.Tensor) -> bool:
-    """Whether a descriptor can be made: rows contiguous, every row at a multiple of 16 bytes."""
-    return (
-        tensor.stride(1) == 1
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) >= tensor.shape[1]
-        and tensor.data_ptr() % 16 == 0
-        and _has_tma(tensor.device.index)
-    )
+def _seen(tensor: torch.Tensor) -> Matrix:
+    """Rows of a descriptor begin at multiples of 16 bytes, and so must the first."""
+    (rows, columns), (row, column) = tensor.shape, tensor.stride()
+    tma = tensor.data_ptr() % 16 == 0 and _has_tma(tensor.device.index)
+    return Matrix((rows, columns), (row, column), tensor.element_size(), tma)
 
 
-def _described(tensor: torch.Tensor, rows: int, columns: int) -> Any:
+def _described(tensor: Any, block: tuple[int, int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
-
-
-def _sum(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    size, block = out.numel(), 1024
-    _kernel("sum")[(_blocks(size, block),)](parts, out, size, PARTS=parts.shape[0], BLOCK=block, num_warps=4)
-    return out
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def _float32() -> torch.dtype:
     import torch
 
     return torch.float32
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)

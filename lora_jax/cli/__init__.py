@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("lora_jax.cli.export:export", "convert an adapter between orbax checkpoint and PEFT directory"),
     "inspect": Command("lora_jax.cli.inspect:inspect", "show what a PEFT adapter directory holds, layer by layer"),
     "diff": Command("lora_jax.cli.diff:diff", "compare two PEFT adapter directories, module by module"),
+    "tune": Command("lora_jax.cli.tune:tune", "measure which kernels are the fastest on the GPU here, and keep it"),
     "merge": Command("lora_jax.cli.merge:merge", "merge a PEFT LoRA adapter into a Hugging Face base directory"),
 }
 

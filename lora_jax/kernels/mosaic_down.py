@@ -75,13 +75,13 @@ def down(
         shape, dtype = (c.splits, *shape), jnp.float32
     operands = [*xs, factor, *([] if seed is None else [seed])]
 
-    def body(*refs):
+    def lora_down(*refs):
         xs_g, (a_g, *rest) = refs[: len(xs)], refs[len(xs) :]
         seed_g = rest[0] if seed is not None else None
         _kernel(xs_g, counts, a_g, seed_g, rest[-1], config=c, by_rank=by_rank, threshold=threshold)
 
     out = plgpu.kernel(
-        body,
+        lora_down,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(blocks, c.splits),
         grid_names=("rows", "split"),

@@ -28,9 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.kernels import mosaic
-from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import K_TILE, GemmConfig, in_ring, rank_of, unsupported
-from lora_jax.kernels.mosaic_dropout import Mask
+from lora_jax.kernels.mosaic_store import bias_pieces, padded_bias, store_tile
 
 MEMORY_REGISTERS = 40
 
@@ -67,13 +66,10 @@ def gemm(
     problem = unsupported(m, k, n, rank, config, masked=seed is not None)
     if problem:
         raise ValueError(problem)
-    if bias is not None:
-        # A tile may reach beyond N; unlike a bulk copy, a load into registers is not cut there.
-        bias = jnp.pad(bias, (0, -n % config.block[1]))
-    given = {"thin_g": thin, "tail_g": tail, "bias_g": bias, "seed_g": seed}
+    given = {"thin_g": thin, "tail_g": tail, "bias_g": padded_bias(bias, config.block[1]), "seed_g": seed}
     given = {name: operand for name, operand in given.items() if operand is not None}
 
-    def body(*refs):
+    def lora_gemm(*refs):
         xs_g, ws_g, rest = refs[: len(xs)], refs[len(xs) : 2 * len(xs)], refs[2 * len(xs) :]
         _kernel(
             xs_g, ws_g, rest[-1], **dict(zip(given, rest, strict=False)),
@@ -81,7 +77,7 @@ def gemm(
         )  # fmt: skip
 
     return plgpu.kernel(
-        body,
+        lora_gemm,
         out_type=jax.ShapeDtypeStruct((m, n), xs[0].dtype),
         grid=(sms // 2 if config.cluster else sms,),
         grid_names=("blocks",),
@@ -228,10 +224,10 @@ def _kernel(
             my_m, my_n = c.tile_m * (c.split == "m"), c.tile_n * (c.split == "n")
 
             def lhs(slot, i=None):
-                """My rows of `x` in a slot, or the `i`-th 64 of them."""
+                """My rows of `x` in a slot, or 64 of them from `i` on."""
                 if i is None and c.split != "m":
                     return x_s.at[slot]
-                return x_s.at[slot, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)]
+                return x_s.at[slot, pl.ds(wg * my_m + (i or 0), c.tile_m if i is None else 64)]
 
             def rhs(slot, j=None, width=0):
                 """My columns of `W` in a slot, or `width` of them from `j` on."""
@@ -245,7 +241,7 @@ def _kernel(
             def tail_lhs(i=None):
                 if i is None and c.split != "m":
                     return mosaic.transpose(thin_s)
-                return mosaic.transpose(thin_s.at[:, pl.ds(wg * my_m + (i or 0) * 64, c.tile_m if i is None else 64)])
+                return mosaic.transpose(thin_s.at[:, pl.ds(wg * my_m + (i or 0), c.tile_m if i is None else 64)])
 
             def tail_rhs(j=None, width=0):
                 mine = tail_s.at[wg if c.split == "n" else 0]
@@ -255,8 +251,7 @@ def _kernel(
             def _(turn):
                 m0, n0 = tile_of(turn)
                 first = turn * steps
-                # Asked for before the products, so that it waits in registers and they don't wait for it.
-                bias = [] if bias_g is None else _pieces(bias_g, n0 + wg * my_n, c)
+                bias = bias_pieces(bias_g, n0 + wg * my_n, c.tile_n, c.store_n)
 
                 def slot_of(step):
                     return lax.rem(first + step, c.stages)
@@ -291,7 +286,7 @@ def _kernel(
                 for step in range(mixed, steps):
                     plgpu.barrier_wait(full.at[team * c.stages + slot_of(step)])
 
-                def masked_tail(i, j, mask):
+                def low_rank(i, j):
                     def multiply(acc):
                         if own_tail:
                             plgpu.wgmma(acc, tail_lhs(i), tail_rhs(j, c.store_n))
@@ -300,39 +295,18 @@ def _kernel(
                         plgpu.wgmma_wait(0)
                         return acc[...]
 
-                    low = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
-                    return jnp.where(mask(j), low * rescaling(threshold), 0.0)
+                    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, c.store_n), jnp.float32))
 
-                for i in range(c.tile_m // 64):
-                    rows = m0 + wg * my_m + i * 64
-                    mask = None
-                    if seed_g is not None:
-                        column = n0 + wg * my_n
-                        aligned = c.tile_n % 128 == 0
-                        mask = Mask(seed_g, rows, column, (64, c.store_n), threshold, aligned=aligned)
-                    for number, j in enumerate(range(0, c.tile_n, c.store_n)):
-                        value = result[i * 64 : (i + 1) * 64, j : j + c.store_n]
-                        if seed_g is not None:
-                            value += masked_tail(i, j, mask)
-                        if bias_g is not None:
-                            value += lax.broadcast_in_dim(bias[number].astype(jnp.float32), value.shape, (1,))
-                        slot = (i * (c.tile_n // c.store_n) + number) % c.store_slots
-                        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
-                        y_s[wg, slot] = value.astype(dtype)
-                        plgpu.commit_smem()
-                        columns = pl.ds(n0 + wg * my_n + j, c.store_n)
-                        plgpu.copy_smem_to_gmem(y_s.at[wg, slot], y_g.at[pl.ds(rows, 64), columns])
+                store_tile(
+                    result, y_g, y_s.at[wg], m0 + wg * my_m, n0 + wg * my_n,
+                    bias=bias, seed_g=seed_g, threshold=threshold, low_rank=low_rank,
+                )  # fmt: skip
                 for step in range(mixed, steps):
                     plgpu.barrier_arrive(free.at[slot_of(step)])
                 if own_tail and seed_g is not None:
                     plgpu.barrier_arrive(tail_free)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _pieces(bias_g: Any, column: Any, c: GemmConfig) -> list[jax.Array]:
-    """The bias of a warpgroup's columns, cut as its stores are, laid out as a row of a product's result."""
-    return [mosaic.load_row(bias_g.at[pl.ds(column + j, c.store_n)]) for j in range(0, c.tile_n, c.store_n)]
 
 
 def _free_barrier(c: GemmConfig) -> Any:

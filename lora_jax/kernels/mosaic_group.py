@@ -2,7 +2,8 @@
 
 What each would do alone for all of them together: `h` of all is one pass over `x`, and so are all `dA`; the gradient of
 `x` is one product as deep as all `W` are wide, with one tail, so that it is written once and never read to be added to.
-`g` of all is one launch. What has to do with one `W` alone (its product forward, its `dB`) runs as in `mosaic_lora`.
+`g` of all is one launch. What has to do with one `W` alone (its product forward, its `dB`) runs by the kernels of
+`mosaic_lora`, but for `mosaic_adapted`: `h` of all is there before the first product begins.
 
 `h` of all lies in one array, the ranks of each padded as its product wants them; of `g`, which one product takes, only
 the sum of the ranks is padded.
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 from lora_jax.kernels import tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
 from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
+from lora_jax.kernels.linear import Drop, Wants
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
-from lora_jax.kernels.mosaic_lora import Drop, Wants, pad, padded_sizes
+from lora_jax.kernels.mosaic_lora import multiprocessors, pad, padded_sizes
 from lora_jax.kernels.mosaic_outer import outer
 
 Arrays = Sequence[jax.Array]
@@ -58,19 +60,19 @@ def forward(
     drop: Drop | None = None,
     *,
     biases: Sequence[jax.Array | None],
-    sms: int = 132,
+    sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """(M, K), each (K, N), (K, R), (R, N) and (N,) or None -> each (M, N), and `h` for `backward`.
 
     N and R may differ. Dtypes and roundings as in `mosaic_lora.forward`.
     """
-    m = x.shape[0]
+    m, sms = x.shape[0], sms or multiprocessors()
     rank_first, thins = h_layout([b.shape[0] for b in b_s])
     rows, k, _ = padded_sizes(m, x.shape[1], 0)
     x = pad(x, rows, k)
     stacked = jnp.concatenate([pad(a.T, thin, k) for a, thin in zip(a_s, thins, strict=True)])
-    config = tuned.down_config(rows, k, sum(thins), sms)
+    config = tuned.down_config(rows, k, sum(thins), sms, dropped=drop is not None)
     h = down(x, stacked, config, by_rank=rank_first, interpret=interpret, **_options(drop))
     ys = []
     for w, b, bias, part in zip(ws, b_s, biases, _parts(thins), strict=True):
@@ -95,13 +97,13 @@ def backward(
     drop: Drop | None = None,
     *,
     wants: Wants = Wants(),  # noqa: B008
-    sms: int = 132,
+    sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array | None, list[jax.Array] | None, list[jax.Array] | None]:
     """Gradients of `forward`: of `x` in its dtype, of each `a` and each `b` in float32, or None where not wanted."""
     ranks, ns = [b.shape[0] for b in b_s], [w.shape[1] for w in ws]
     rank_first, thins = h_layout(ranks)
-    shape, rank = x.shape, padded_rank(sum(ranks))
+    shape, rank, sms = x.shape, padded_rank(sum(ranks)), sms or multiprocessors()
     rows, k, _ = padded_sizes(shape[0], shape[1], 0)
     widths = [padded_sizes(0, 0, n)[2] for n in ns]
     x = pad(x, rows, k)
@@ -115,7 +117,7 @@ def backward(
         )
         g = down(dys, placed, tuned.down_config(rows, sum(widths), rank, sms), interpret=interpret)
         if wants.x:
-            config = tuned.gemm_config(rows, sum(widths), k, rank, dropped=drop is not None)
+            config = tuned.gemm_config(rows, sum(widths), k, rank, dropped=drop is not None, transposed=True)
             tail = pad(jnp.concatenate(a_s, 1), k, rank)
             weights = tuple(pad(w, k, width) for w, width in zip(ws, widths, strict=True))
             dx = gemm(
@@ -123,7 +125,8 @@ def backward(
                 transposed=True, sms=sms, interpret=interpret, **_options(drop),
             )[: shape[0], : shape[1]]  # fmt: skip
         if wants.a:
-            da = outer(x, g, tuned.outer_config(rows, k, rank, sms), interpret=interpret, **_options(drop))
+            config = tuned.outer_config(rows, k, rank, sms, dropped=drop is not None)
+            (da,) = outer([(x, g)], config, interpret=interpret, **_options(drop))
             das = [da[: shape[1], first : first + r] for first, r in _parts(ranks)]
     if wants.b:
         # Rank-major it is copied in tiles of 64 rows.
@@ -131,7 +134,8 @@ def backward(
         dbs = []
         for dy, part, r, n in zip(dys, _parts(thins), ranks, ns, strict=True):
             config = tuned.outer_config(rows, dy.shape[1], part[1], sms)
-            dbs.append(outer(dy, h, config, part=part, interpret=interpret).T[:r, :n])
+            (db,) = outer([(dy, h)], config, part=part, interpret=interpret)
+            dbs.append(db.T[:r, :n])
     return dx, das, dbs
 
 

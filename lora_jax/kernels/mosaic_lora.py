@@ -1,7 +1,9 @@
-"""Hopper: `y = x·W + drop(x)·A·B (+ bias)` and its derivative, out of `mosaic_down`, `mosaic_gemm` and `mosaic_outer`.
+"""Hopper: `y = x·W + drop(x)·A·B (+ bias)` and its derivative, out of the `mosaic_` kernels.
 
-Forward, two kernels: `h = drop(x)·A`, then the product with its tail. Backward, four: `g = dy·Bᵀ`, the product
-`dy·Wᵀ + mask·(g·Aᵀ)`, `dA = drop(x)ᵀ·g`, `dB = hᵀ·dy`. Nothing of the size of `y` or `x` is written beside the results.
+Forward: `h = drop(x)·A`, and the product with its tail. Backward: `g = dy·Bᵀ`, the product `dy·Wᵀ + mask·(g·Aᵀ)`, then
+`dA = drop(x)ᵀ·g` with `dB = hᵀ·dy`. Each product is one kernel with its thin one (`mosaic_adapted`) for ranks up to 16,
+except with dropout forward, else two (`mosaic_down`, `mosaic_gemm`); `mosaic_outer` is the last. Nothing of the size of
+`y` or `x` is written beside the results.
 
 Here the operands get the shapes that the kernels want: the rank padded to 16 or a multiple of 64, ragged edges to
 multiples of 8 (M) and 64 (K, N). The first costs next to nothing; the last copies `x` and `W`, so that aligned sizes
@@ -10,35 +12,22 @@ are the fast path.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import tuned
+from lora_jax import _compat
+from lora_jax.kernels import mosaic, mosaic_adapted, tuned
 from lora_jax.kernels.gemm_config import K_TILE, in_ring, padded_rank
 from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
+from lora_jax.kernels.linear import Drop as Drop
+from lora_jax.kernels.linear import Wants as Wants
+from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
-
-# At 256 rows XLA is the faster (benchmarks/results/kernels.jsonl); between there and here nothing was measured.
-LEAST_ROWS = 2048
-
-
-class Drop(NamedTuple):
-    """Dropout of the low-rank branch: four int32 (see `mosaic_dropout.Mask`), and how many of 65536 are dropped."""
-
-    seed: jax.Array
-    threshold: int
-
-
-class Wants(NamedTuple):
-    """Which gradients somebody asked for."""
-
-    x: bool = True
-    a: bool = True
-    b: bool = True
+from lora_jax.kernels.mosaic_stages import stages as stages
 
 
 def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
@@ -63,9 +52,17 @@ def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_
         return (
             f"M={m} is no multiple of 8, or K={k} or N={n} none of {K_TILE}: the operands would be copied to pad them"
         )
-    if m < LEAST_ROWS:
-        return f"M={m}; below {LEAST_ROWS} rows the kernels are not the faster ones"
-    return None
+    return tuned.slower("mosaic_gpu", m, k, n, rank, dropped, device_kind)
+
+
+def in_one_kernel(k: int, rank: int) -> bool:
+    """Whether `mosaic_adapted` may compute a product over K together with its thin one, padded sizes given.
+
+    Its clusters wait for each other: it must be known how many multiprocessors there are. Jax 0.10 can't store `h`
+    transposed.
+    """
+    known = _compat.target_device().multiprocessors is not None
+    return rank == mosaic_adapted.RANK and k // K_TILE > mosaic_adapted.STAGES and known and mosaic.STORES_TRANSPOSED
 
 
 def h_layout(rank: int) -> tuple[bool, int]:
@@ -83,23 +80,27 @@ def forward(
     *,
     transposed: bool = False,
     bias: jax.Array | None = None,
-    sms: int = 132,
+    sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`x·w + drop(x)·a·b`: (M, K), (K, N) or (N, K) if `transposed`, (K, R), (R, N) -> (M, N), and `h` for `backward`.
 
     All of one dtype, bfloat16 or float16, which `h` and the result are rounded to once each. `bias`: (N,), of that
-    dtype or float32, added before the result is rounded. `sms`: multiprocessors of the GPU.
+    dtype or float32, added before the result is rounded. `sms`: multiprocessors, those of the GPU here if None.
     """
     m, n = x.shape[0], b.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rows, k, out, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
-    options = {} if drop is None else drop._asdict()
-    h = down(x, a_t, tuned.down_config(rows, k, rank, sms), interpret=interpret, **options)
-    tail = b.T if transposed and in_ring(rank) else b
-    config = tuned.gemm_config(rows, k, out, rank)
+    sms = sms or multiprocessors()
     if bias is not None:
         bias = jnp.pad(bias, (0, out - n))
+    if drop is None and interpret is None and in_one_kernel(k, rank):
+        y, h = adapted(x, w, a_t, b, transposed=transposed, bias=bias, sms=sms)
+        return y[:m, :n], h
+    options = {} if drop is None else drop._asdict()
+    h = down(x, a_t, tuned.down_config(rows, k, rank, sms, dropped=drop is not None), interpret=interpret, **options)
+    tail = b.T if transposed and in_ring(rank) else b
+    config = tuned.gemm_config(rows, k, out, rank, transposed=transposed)
     y = gemm(x, w, h, tail, config, transposed=transposed, bias=bias, sms=sms, interpret=interpret)
     return y[:m, :n], h
 
@@ -115,7 +116,7 @@ def backward(
     *,
     transposed: bool = False,
     wants: Wants = Wants(),  # noqa: B008
-    sms: int = 132,
+    sms: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Gradients of `forward`: of `x` in its dtype, of `a` and `b` in float32, or None where not wanted.
@@ -129,20 +130,30 @@ def backward(
     # Rank-major it is copied in tiles of 64 rows.
     h = pad(h, max(h.shape[0], rows), rank) if in_ring(rank) else pad(h, rank, -(-h.shape[1] // 64) * 64)
     options = {} if drop is None else drop._asdict()
-    dx = da = db = None
-    if wants.x or wants.a:
+    sms = sms or multiprocessors()
+    dx = g = None
+    if wants.x and interpret is None and in_one_kernel(n, rank):
+        dx, g = adapted(dy, w, b, a_t, transposed=not transposed, sms=sms, **options)
+    elif wants.x or wants.a:
         g = down(dy, b, tuned.down_config(rows, n, rank, sms), interpret=interpret)
         if wants.x:
-            config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None)
+            config = tuned.gemm_config(rows, n, k, rank, dropped=drop is not None, transposed=not transposed)
             tail = a_t.T if not transposed and in_ring(rank) else a_t
-            dx = gemm(
-                dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options
-            )[: shape[0], : shape[1]]  # fmt: skip
-        if wants.a:
-            da = outer(x, g, tuned.outer_config(rows, k, rank, sms), interpret=interpret, **options)[: shape[1], :r]
-    if wants.b:
-        db = outer(dy, h, tuned.outer_config(rows, n, rank, sms), interpret=interpret).T[:r, : shape[2]]
-    return dx, da, db
+            dx = gemm(dy, w, g, tail, config, transposed=not transposed, sms=sms, interpret=interpret, **options)
+    pairs = [(x, g)] if wants.a else []
+    pairs += [(dy, h)] if wants.b else []
+    da = db = None
+    if pairs:
+        config = tuned.outer_config(rows, sum(x.shape[1] for x, _ in pairs), rank, sms, dropped=bool(options))
+        found = outer(pairs, config, interpret=interpret, **(options if wants.a else {}))
+        da = found[0][: shape[1], :r] if wants.a else None
+        db = found[-1].T[:r, : shape[2]] if wants.b else None
+    return None if dx is None else dx[: shape[0], : shape[1]], da, db
+
+
+def multiprocessors() -> int:
+    """Of the GPU that is compiled for; where unknown, of an H100 or H200."""
+    return _compat.target_device().multiprocessors or 132
 
 
 def padded_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:

@@ -1,15 +1,16 @@
-"""Hopper: `dA = drop(x)ᵀ·g`, one pass over `x`, summed over its rows.
+"""Hopper: `dA = drop(x)ᵀ·g` and `dBᵀ = dyᵀ·h`, one pass over `x` and one over `dy`, summed over their rows.
 
-Letters as in `mosaic_gemm`; `g` is thin, as `mosaic_down` gives it. The same kernel gives `dBᵀ = dyᵀ·h`, with `dy` for
-`x`.
+Letters as in `mosaic_gemm`; `g` and `h` are thin, as `mosaic_down` gives them. Both in one kernel, because one alone
+often has too few CTAs for the chip, and none to start while its last ones end.
 
-A CTA owns `columns` columns of `x` and one of `splits` runs of rows. The float32 partial sums of the splits are added
-in order afterwards: the result does not depend on which CTA came first.
+A CTA owns `columns` columns of `x` or of `dy` and one of `splits` runs of rows. The float32 partial sums of the splits
+are added in order afterwards: the result does not depend on which CTA came first.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,48 +40,56 @@ class OuterConfig:
 
 
 def outer(
-    x: jax.Array,
-    g: jax.Array,
+    pairs: Sequence[tuple[jax.Array, jax.Array]],
     config: OuterConfig,
     *,
     part: tuple[int, int] | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     interpret: Any = None,
-) -> jax.Array:
-    """`drop(x)ᵀ·g`: (M, K), thin -> (K, R) float32. `thin` is (R, M or more), or (M or more, R) for R in the ring.
+) -> list[jax.Array]:
+    """`drop(x)ᵀ·g` of each pair: (M, K), thin -> (K, R) float32. M and R are the same for all, K is not.
 
-    `seed` and `threshold` as in `mosaic_down.down`. R is a multiple of 16, K of 64. Rows of `g` beyond M must be
-    finite. `part`: (first, R) of the ranks of `g`, if not all, as in `mosaic_gemm`.
+    `thin` is (R, M or more), or (M or more, R) for R in the ring. `seed` and `threshold` as in `mosaic_down.down`, for
+    the first pair only. R is a multiple of 16, K of 64. Rows of `g` beyond M must be finite. `part`: (first, R) of the
+    ranks of every `g`, if not all, as in `mosaic_gemm`.
     """
     c = config
-    first, rank = part or (0, rank_of(g))
-    k = x.shape[1]
-    blocks = pl.cdiv(k, c.columns)
-    operands = [x, g, *([] if seed is None else [seed])]
+    first_rank, rank = part or (0, rank_of(pairs[0][1]))
+    blocks = [pl.cdiv(x.shape[1], c.columns) for x, _ in pairs]
+    operands = [operand for pair in pairs for operand in pair] + ([] if seed is None else [seed])
 
-    def body(x_g, g_g, *rest):
-        _kernel(x_g, g_g, rest[0] if seed is not None else None, rest[-1], first=first, config=c, threshold=threshold)
+    def lora_outer(*refs):
+        *inputs, out_g = refs
+        seed_g = inputs.pop() if seed is not None else None
+        firsts = [sum(blocks[:i]) for i in range(len(blocks))]
+        each = list(zip(inputs[::2], inputs[1::2], firsts, strict=True))
+        _kernel(each, seed_g, out_g, first_rank=first_rank, config=c, threshold=threshold)
 
     out = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((c.splits, blocks * c.columns, rank), jnp.float32),
-        grid=(blocks, c.splits),
+        lora_outer,
+        out_type=jax.ShapeDtypeStruct((c.splits, sum(blocks) * c.columns, rank), jnp.float32),
+        grid=(sum(blocks), c.splits),
         grid_names=("columns", "split"),
         num_threads=c.workers + 1,
         thread_name="wg",
         compiler_params=mosaic.compiler_params(),
         **mosaic.interpreted(interpret),
     )(*operands)
-    return (out.sum(0) if c.splits > 1 else out[0])[:k]
+    out = out.sum(0) if c.splits > 1 else out[0]
+    starts = [sum(blocks[:i]) * c.columns for i in range(len(blocks))]
+    return [out[start : start + x.shape[1]] for start, (x, _) in zip(starts, pairs, strict=True)]
 
 
-def _kernel(x_g, g_g, seed_g, out_g, *, first: int, config: OuterConfig, threshold: int):
+def _kernel(
+    pairs: list[tuple[Any, Any, int]], seed_g: Any, out_g: Any, *, first_rank: int, config: OuterConfig, threshold: int
+):
+    """`pairs`: references, and the first block of each."""
     c = config
-    dtype, rank = x_g.dtype, out_g.shape[2]
+    dtype, rank = pairs[0][0].dtype, out_g.shape[2]
     by_rank = not in_ring(rank)
-    steps = pl.cdiv(pl.cdiv(x_g.shape[0], c.rows), c.splits)
-    column0, split = lax.axis_index("columns") * c.columns, lax.axis_index("split")
+    steps = pl.cdiv(pl.cdiv(pairs[0][0].shape[0], c.rows), c.splits)
+    block, split = lax.axis_index("columns"), lax.axis_index("split")
 
     @functools.partial(
         pl.run_scoped,
@@ -94,35 +103,40 @@ def _kernel(x_g, g_g, seed_g, out_g, *, first: int, config: OuterConfig, thresho
         collective_axes="wg",
     )
     def _(x_s, g_s, out_s, others_s, full, free, ready):
-        def load(slot, step):
+        def load(x_g, g_g, first, slot, step):
             ms = pl.ds((split * steps + step) * c.rows, c.rows)
-            plgpu.copy_gmem_to_smem(x_g.at[ms, pl.ds(column0, c.columns)], x_s.at[slot], full.at[slot])
-            ranks = pl.ds(first, rank)
+            columns, ranks = pl.ds((block - first) * c.columns, c.columns), pl.ds(first_rank, rank)
+            plgpu.copy_gmem_to_smem(x_g.at[ms, columns], x_s.at[slot], full.at[slot])
             plgpu.copy_gmem_to_smem(g_g.at[ranks, ms] if by_rank else g_g.at[ms, ranks], g_s.at[slot], full.at[slot])
 
-        def multiply(acc):
+        def multiply(masked, acc):
             def use(slot, step):
-                if seed_g is not None:
-                    mask_in_place(x_s.at[slot], seed_g, (split * steps + step) * c.rows, column0, threshold)
+                if masked:
+                    row0 = (split * steps + step) * c.rows
+                    mask_in_place(x_s.at[slot], seed_g, row0, block * c.columns, threshold)
                 g = mosaic.transpose(g_s.at[slot]) if by_rank else g_s.at[slot]
                 plgpu.wgmma(acc, mosaic.transpose(x_s.at[slot]), g)
 
             mosaic.drain(steps, c.stages, use, full, free, c.workers)
             return acc[...]
 
-        def store(out):
-            if seed_g is not None:
-                out *= rescaling(threshold)
-            out_s[...] = out
+        def store(masked, out):
+            out_s[...] = out * rescaling(threshold) if masked else out
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, out_g.at[split].at[pl.ds(column0, c.columns)])
+            plgpu.copy_smem_to_gmem(out_s, out_g.at[split].at[pl.ds(block * c.columns, c.columns)])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(lax.axis_index("wg") == c.workers)
-        def _():
-            mosaic.fill(steps, c.stages, load, free)
+        for number, (x_g, g_g, first) in enumerate(pairs):
+            last = pairs[number + 1][2] if number + 1 < len(pairs) else None
+            mine = True if len(pairs) == 1 else block >= first if last is None else (block >= first) & (block < last)
+            masked = seed_g is not None and number == 0
 
-        @pl.when(lax.axis_index("wg") < c.workers)
-        def _():
-            own = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((c.columns, rank), jnp.float32))
-            mosaic.summed(own, others_s, ready, store, c.workers)
+            @pl.when(mine & (lax.axis_index("wg") == c.workers))
+            def _(x_g=x_g, g_g=g_g, first=first):
+                mosaic.fill(steps, c.stages, functools.partial(load, x_g, g_g, first), free)
+
+            @pl.when(mine & (lax.axis_index("wg") < c.workers))
+            def _(masked=masked):
+                accumulator = plgpu.WGMMAAccumulatorRef((c.columns, rank), jnp.float32)
+                own = pl.run_scoped(functools.partial(multiply, masked), accumulator)
+                mosaic.summed(own, others_s, ready, functools.partial(store, masked), c.workers)

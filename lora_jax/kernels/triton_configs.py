@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What one program may hold: 227 KB of shared memory on Hopper, 48 registers a thread for a tail on its way.
+# What one program may hold: 48 registers a thread for a tail on its way, and so much shared memory, in bytes by compute
+# capability. All others that the kernels are for have the least of these.
 TAIL_REGISTERS = 48
+SHARED_BYTES = {(8, 0): 163 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
+LEAST_SHARED_BYTES = min(SHARED_BYTES.values())
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class PassConfig:
         return max(1, min(self.per_sm * sms // blocks, steps // 2))
 
 
-# The candidates of `benchmarks/triton_kernels.py`.
+# The candidates of `benchmarks/triton_kernels.py`, and those by pointers of `benchmarks/triton_from_jax.py`.
 GEMM = (
     GemmConfig(128, 256, 64, stages=4, warps=8, chunks=4),
     GemmConfig(128, 256, 64, stages=3, warps=8, chunks=2),
@@ -57,6 +60,13 @@ GEMM = (
     GemmConfig(256, 128, 64, stages=3, warps=8, chunks=2),
     GemmConfig(128, 128, 64, stages=4, warps=8, chunks=2),
     GemmConfig(128, 128, 64, stages=3, warps=4, chunks=4, per_sm=2),
+)
+GEMM_POINTERS = (
+    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4),
+    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4, per_sm=0),
+    GemmConfig(128, 128, 64, stages=4, warps=8, chunks=2, per_sm=0),
+    GemmConfig(128, 256, 32, stages=4, warps=8, chunks=2, per_sm=0),
+    GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0),
 )
 DOWN = (
     PassConfig(64, 128, stages=4, warps=4),
@@ -87,18 +97,25 @@ def padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def gemm_config(m: int, n: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> GemmConfig:
+def gemm_config(
+    m: int, n: int, k: int, r: int, itemsize: int,
+    *, tma: bool, dropout: bool = False, shared: int = LEAST_SHARED_BYTES,
+) -> GemmConfig:  # fmt: skip
     """Tiles for `(m, k) x (k, n)` with a tail of rank `r`, elements of `itemsize` bytes.
 
-    `tma`: by descriptors, on Hopper. By pointers the tiles are smaller, for older GPUs and for odd strides.
+    `tma`: by descriptors, on Hopper. By pointers the tiles are smaller, unless `shared` says that there is room.
     """
     if itemsize == 4:
         return _GEMM_32
     if m <= 128 or n <= 128:
         return GemmConfig(64, 64, 64, stages=3, warps=4, per_sm=0)
+    small = m * n <= 128 * 256 * 132 // 2
     if not tma:
+        if shared >= SHARED_BYTES[9, 0]:
+            # Of a plain product with the first of these tiles XLA's is no faster (4096 x 4096 x 4096 on one H200).
+            return GEMM_POINTERS[2 if small or padded(r) > 64 else 0]
         return GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0, chunks=2 if padded(r) > 64 else 1)
-    if m * n <= 128 * 256 * 132 // 2:
+    if small:
         return GEMM[4]
     # A fourth stage does not leave the shared memory for a tail of rank 64; dropout needs the registers.
     return GEMM[2] if dropout or padded(r) >= 64 else GEMM[0]

@@ -22,8 +22,8 @@ from lora_jax.kernels.triton_dropout import kept
 def down_kernel(
     x_ptr,  # (M, K), or its descriptor with (BM, BK) blocks if TMA
     a_ptr,  # (K, R)
-    h_ptr,  # (M, R), or (SPLIT, M, R) partial sums in float32
     seed_ptr,  # see `triton_dropout.kept`; not read unless DROP
+    h_ptr,  # (M, R), or (SPLIT, M, R) partial sums in float32
     scale,
     threshold,
     M,

@@ -114,8 +114,8 @@ def gemm_kernel(
     h_ptr,  # (M, R)
     b_ptr,  # (R, N)
     bias_ptr,  # (N,); not read unless BIAS
-    y_ptr,  # (M, N), or its descriptor with (BM, BN // CHUNKS) blocks if TMA
     seed_ptr,  # see `triton_dropout.kept`; not read unless DROP
+    y_ptr,  # (M, N), or its descriptor with (BM, BN // CHUNKS) blocks if TMA
     tail_scale,  # of the kept elements of the tail; not used unless DROP
     threshold,
     M,

@@ -22,8 +22,8 @@ from lora_jax.kernels.triton_dropout import kept
 def outer_kernel(
     t_ptr,  # (M, R)
     v_ptr,  # (M, C), or its descriptor with (BM, BC) blocks if TMA
-    out_ptr,  # (R, C), or (SPLIT, R, C) partial sums, float32
     seed_ptr,  # see `triton_dropout.kept`; not read unless DROP
+    out_ptr,  # (R, C), or (SPLIT, R, C) partial sums, float32
     scale,
     threshold,
     M,

@@ -15,8 +15,9 @@ def sum_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        acc += tl.load(parts_ptr + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    for _ in tl.static_range(PARTS):
+        acc += tl.load(parts_ptr + at, mask=at < size, other=0.0)
+        parts_ptr += size
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=at < size)

@@ -11,3 +11,4 @@ from lora_jax.ops.lora_dot_group import lora_dot_group as lora_dot_group
 from lora_jax.ops.lora_swiglu import LoraKernel as LoraKernel
 from lora_jax.ops.lora_swiglu import lora_swiglu as lora_swiglu
 from lora_jax.ops.low_rank import low_rank_contract as low_rank_contract
+from lora_jax.ops.tune import tune as tune

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.kernels import tuning_cache
+from lora_jax.kernels.shape_class import class_of
 from lora_jax.ops.contraction import Contraction
 from lora_jax.ops.families import FAMILIES, Family, group_kernels
 from lora_jax.ops.matrices import Matrices, as_matrices
@@ -28,6 +30,7 @@ class Choice:
     - `matrices`: the product as one of matrices, where kernels run.
     - `name`: of the parameter, where known.
     - `group`: for one of several products with the same data, whether they share the work on it.
+    - `sizes`: M, K, N and R, where the product is one of matrices.
     """
 
     implementation: str
@@ -35,6 +38,7 @@ class Choice:
     matrices: Matrices | None = None
     name: str = ""
     group: str = ""
+    sizes: tuple[int, int, int, int] | None = None
 
     def __str__(self) -> str:
         size = ""
@@ -149,7 +153,7 @@ def _chosen(
         elif chosen is not None:
             reasons[each] = f"{chosen} comes first"
         else:
-            why = _why_not(family, spec, matrices, x, w, dropped, by_name=implementation is not None)
+            why = _why_not(each, family, spec, matrices, x, w, dropped, by_name=implementation is not None)
             if why is None:
                 chosen = each
             elif implementation == each:
@@ -161,9 +165,12 @@ def _chosen(
             else:
                 reasons[each] = why
     if chosen is None:
-        return Choice("xla", reasons, name=name)
+        mknr = matrices.mknr if isinstance(matrices, Matrices) else None
+        return Choice("xla", reasons, name=name, sizes=mknr)
     assert isinstance(matrices, Matrices)
-    return Choice(chosen, {"xla": f"{chosen} can run and comes first", **reasons}, matrices, name)
+    measured = _measured(chosen, matrices, dropped) if implementation is None else None
+    why = measured[1] if measured else f"{chosen} can run and comes first"
+    return Choice(chosen, {"xla": why, **reasons}, matrices, name, sizes=matrices.mknr)
 
 
 def only_xla(what: str, implementation: str | None, name: str) -> None:
@@ -182,16 +189,10 @@ def record(choice: Choice) -> Choice:
 
 
 def _why_not(
-    family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
+    each: str, family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:
-    device = _compat.target_device()
-    if device.platform not in family.platforms:
-        return f"needs {family.needs}; the platform here is {device.platform}"
-    if family.capability is not None:
-        least, most = family.capability
-        if device.capability is None or not least <= device.capability <= most:
-            has = "an unknown compute capability" if device.capability is None else "{}.{}".format(*device.capability)
-            return f"needs {family.needs}; {device.kind} has {has}"
+    if why := device_lacks(family):
+        return why
     if why := _types(spec, x, w):
         return why
     if isinstance(matrices, str):
@@ -204,9 +205,39 @@ def _why_not(
     m, k, n, rank = matrices.mknr
     if why := module.unsupported(m, k, n, rank, x.dtype):
         return why
-    if not by_name and hasattr(module, "slower"):
-        return module.slower(m, k, n, rank, x.dtype, dropped, device.kind)
+    if by_name:
+        return None
+    if (measured := _measured(each, matrices, dropped)) is not None:
+        won, words = measured
+        return None if won else words
+    kind = _compat.target_device().kind
+    return module.slower(m, k, n, rank, x.dtype, dropped, kind) if hasattr(module, "slower") else None
+
+
+def device_lacks(family: Family) -> str | None:
+    """Why the device here is none for a family, or None."""
+    device = _compat.target_device()
+    if device.platform not in family.platforms:
+        return f"needs {family.needs}; the platform here is {device.platform}"
+    if family.capability is not None:
+        least, most = family.capability
+        if device.capability is None or not least <= device.capability <= most:
+            has = "an unknown compute capability" if device.capability is None else "{}.{}".format(*device.capability)
+            return f"needs {family.needs}; {device.kind} has {has}"
     return None
+
+
+def _measured(each: str, matrices: Matrices, dropped: bool) -> tuple[bool, str] | None:
+    """Whether a family won when the user timed such a product on this kind of device, and that in words."""
+    m, k, n, rank = matrices.mknr
+    shape = class_of(m, k, n, rank, dropped=dropped)
+    entry = tuning_cache.find(_compat.target_device().kind, "implementation", shape)
+    if entry is None or each not in entry["microseconds"]:
+        return None
+    times = ", ".join(
+        f"{name} {time:.0f}" for name, time in sorted(entry["microseconds"].items(), key=lambda kv: kv[1])
+    )
+    return entry["winner"] == each, f"microseconds measured for such sizes: {times} ({tuning_cache.path()})"
 
 
 def _types(spec: Contraction, x: Any, w: Any) -> str | None:

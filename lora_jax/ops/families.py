@@ -11,6 +11,7 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     Drop(seed, threshold): `seed` is four int32: the key's two words, and the first row and column of `x` in
         the whole array, the column a multiple of 128
     Wants(x, a, b)
+    stages(m, k, n, rank, dtype, threshold) -> what of it `tune` can tune, as `lora_jax.kernels.stage.Stage`s (optional)
 
 `h` may come back with as few as M rows.
 
@@ -53,6 +54,7 @@ class Family:
             return f"its kernels can't be imported: {error}"
 
 
+# The first that nothing speaks against is taken.
 # Tests put a family of reference kernels here, under a name of its own or in the place of one of these.
 FAMILIES: dict[str, Family] = {
     "mosaic_gpu": Family(
@@ -62,6 +64,7 @@ FAMILIES: dict[str, Family] = {
         ((9, 0), (9, 0)),
         group="lora_jax.kernels.mosaic_group",
     ),
+    "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere, Ada or Hopper GPU", ((8, 0), (9, 0))),
 }
 
 

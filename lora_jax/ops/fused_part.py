@@ -33,13 +33,14 @@ def forward(
     matrices = part.x(x), part.ws(ws), part.a_s(a_s), part.b_s(b_s)
     flat = [None if bias is None else bias.reshape(-1) for bias in biases]
     if fused.together:
-        ys, *hs = group_kernels(fused.family).forward(*matrices, drop, biases=flat)
+        ys, h = _done(group_kernels(fused.family).forward(*matrices, drop, biases=flat))
+        hs = [h]
     else:
         run, transposed = kernels(fused.family).forward, fused.one.transposed
         ys, hs = [], []
         for w, a, b, bias in zip(*matrices[1:], flat, strict=True):
             options = {} if bias is None else {"bias": bias}
-            y, h = run(matrices[0], w, a, b, drop, transposed=transposed, **options)
+            y, h = _done(run(matrices[0], w, a, b, drop, transposed=transposed, **options))
             ys.append(y)
             hs.append(h)
     # Inside `shard_map` a kernel's results are typed as the same on all devices.
@@ -78,6 +79,15 @@ def backward(
         for factors, wanted in ((a_s, wants.a), (b_s, wants.b))
     )
     return dx, das, dbs
+
+
+def _done(results: Any) -> Any:
+    """`(y, h)` or `(ys, h)`, computed once.
+
+    In a scan XLA would let the kernel write what is kept of `y` where it is kept, and run it a second time for whoever
+    else reads `y`.
+    """
+    return lax.optimization_barrier(results)
 
 
 def _drop(fused: Fused, split: Split, x: Any, seed: Any) -> Any:

@@ -41,7 +41,8 @@ def lora_dot(
     - `dropout_rate`, `key`: inverted dropout on the low-rank branch; off without a key. `x`'s last axis is the
       mask's columns, all others its rows (`lora_jax/ops/dropout.py`).
     - `implementation`: `None` chooses by platform, dtypes and sizes (`explain` says which, and why); `"xla"` is
-      the plain one, `"mosaic_gpu"` fused kernels for Hopper GPUs.
+      the plain one, `"mosaic_gpu"` fused kernels for Hopper GPUs, `"triton"` those for Ampere, Ada and Hopper
+      (`lora-jax[triton]`).
 
     **Returns:** an array of the dtype `x @ kernel` has (`preferred_element_type` if given). Sums run in float32;
     `x @ a` and the result, bias included, are rounded once, by XLA `x @ kernel` and the branch as well.
@@ -85,6 +86,7 @@ def explain(
     >>> print(explain(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))))  # on a CPU
     xla
       not mosaic_gpu: needs a Hopper GPU (H100, H200); the platform here is cpu
+      not triton: needs an Ampere, Ada or Hopper GPU; the platform here is cpu
     """
     spec = described(
         x, kernel, a, b,

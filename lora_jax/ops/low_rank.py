@@ -119,8 +119,9 @@ def _run(
     )
     operands = tree.unflatten(_compat.vary_alike(*leaves))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
-    fused, matrices = None, tuple(choice.matrices for choice in choices if choice.matrices is not None)
-    if matrices:
+    fused = None
+    if choices[0].implementation != "xla":
+        matrices = tuple(choice.matrices for choice in choices if choice.matrices is not None)
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choices[0].implementation, matrices, rate, x.dtype, together=how is Sharing.TOGETHER)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.

@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from lora_jax.cli import main
 
+pytestmark = pytest.mark.pinned
+
 
 def write(directory, tensors, **config):
     directory.mkdir()

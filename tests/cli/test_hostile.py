@@ -15,6 +15,8 @@ from lora_jax.cli.training.config_files import read_config
 from lora_jax.cli.training.verify import make_up
 from tests.cli import tiny
 
+pytestmark = pytest.mark.pinned
+
 FEW = {"optim.steps": 2, "sample.prompt": "", "data.held_out": 4, "checkpoint_every": 2, "eval_every": 2}
 
 
@@ -165,17 +167,23 @@ def test_export_ignores_no_option(source, words, told, language, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_overwrite_deletes_runs_only(language, tmp_path, capsys):
-    words = ["train", "--config", str(language / "options.yaml"), "--overwrite", "--output_dir"]
+def test_only_runs_are_overwritten_and_only_when_asked(language, tmp_path, capsys):
+    words = ["train", "--config", str(language / "options.yaml"), "--output_dir"]
+    assert "holds no run to resume" in failed(capsys, *words, str(tmp_path / "none"), "--resume")
+    assert not (tmp_path / "none").exists()
     project = tmp_path / "project"
     project.mkdir()
     for name in ("config.yaml", "thesis.tex"):
         (project / name).write_text("title: mine")
-    assert "exists and is not a run" in failed(capsys, *words, str(project))
+    assert "exists and is not a run" in failed(capsys, *words, str(project), "--overwrite")
     run = shutil.copytree(language / "run", tmp_path / "run")
     (run / "notes.txt").write_text("mine")
     (run / "checkpoints" / "99").mkdir()
-    assert main([*words, str(run)]) == 0
+    kept = (run / "metrics.jsonl").read_bytes()
+    assert "--resume" in (told := failed(capsys, *words, str(run))) and "--overwrite" in told
+    assert (run / "metrics.jsonl").read_bytes() == kept and (run / "checkpoints" / "99").exists()
+    assert main([*words, str(run), "--overwrite", "--optim.lr", "0.5"]) == 0
+    assert (run / "metrics.jsonl").read_bytes() != kept
     assert (run / "notes.txt").read_text() == "mine" and not (run / "checkpoints" / "99").exists()
     assert sorted(p.name for p in project.iterdir()) == ["config.yaml", "thesis.tex"]
 

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli import main
 
+pytestmark = pytest.mark.pinned
+
 TOLERANCE = 1e-9  # both sides compute in float64 from the same float32 factors
 
 

@@ -13,6 +13,8 @@ from lora_jax.cli import main
 from lora_jax.cli._shards import parse_size, plan_shards
 from lora_jax.cli.merge import merge_directories
 
+pytestmark = pytest.mark.pinned
+
 
 def write_pair(path, rng, shards=8, per_shard=4, size=512):
     """A sharded base of square float32 matrices and an adapter of rank 2, scale 1.5, of every one of them."""

@@ -94,29 +94,6 @@ def test_impossible_options_are_one_line(words, told, capsys, tmp_path, monkeypa
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_never_overwritten_unasked(capsys, tmp_path):
-    options = tiny.write_causal_lm(tmp_path, **{"optim.steps": 2, "sample.prompt": ""})
-    out = tmp_path / "run"
-
-    def train(*more):
-        return ["train", "--config", str(options), "--output_dir", str(out), *more]
-
-    assert "holds no run to resume" in failed(capsys, *train("--resume"))
-    assert not out.exists()
-    assert main(train()) == 0
-    capsys.readouterr()
-    kept = (out / "metrics.jsonl").read_bytes()
-    assert "--resume" in (told := failed(capsys, *train())) and "--overwrite" in told
-    assert (out / "metrics.jsonl").read_bytes() == kept
-    assert main(train("--overwrite", "--optim.lr", "0.5")) == 0
-    assert (out / "metrics.jsonl").read_bytes() != kept
-    # What is no run is not deleted either way.
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    told = failed(capsys, "train", "--config", str(options), "--output_dir", str(tmp_path / "other"), "--overwrite")
-    assert "is not a run" in told and (tmp_path / "other" / "thesis.tex").exists()
-
-
 @pytest.mark.parametrize("front_end", ["linen", "nnx"])
 def test_dry_run_estimates_and_stops(front_end, capsys, tmp_path):
     options = tiny.write_causal_lm(tmp_path, **{"model.front_end": front_end})

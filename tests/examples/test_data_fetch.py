@@ -17,6 +17,8 @@ from lora_examples.archives import extract
 from lora_examples.fetch import FetchError, cache_directory, digest, fetch, fetch_pick
 from lora_examples.picks import LICENCES, PICKS, Licence, Pick
 
+pytestmark = pytest.mark.pinned
+
 TEXT = b"to be, or not to be"
 
 

@@ -10,6 +10,8 @@ from lora_examples import data
 
 tokenizers = pytest.importorskip("tokenizers")
 
+pytestmark = pytest.mark.pinned
+
 
 def word_tokenizer(texts: list[str]):
     """A tokenizer of whole words, with BERT's markers."""

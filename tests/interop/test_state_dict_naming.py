@@ -5,6 +5,8 @@ import pytest
 from lora_torch import Naming, Rule, module_index, module_name, module_names, torch_name, torch_names
 from lora_torch.patterns import Pattern
 
+pytestmark = pytest.mark.pinned
+
 
 @pytest.mark.parametrize(
     "path,name",

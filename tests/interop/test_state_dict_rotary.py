@@ -5,6 +5,8 @@ import pytest
 
 from lora_torch import rotary_to_half, rotary_to_interleaved
 
+pytestmark = pytest.mark.pinned
+
 HEADS, SIZE, WIDTH = 3, 8, 10
 
 

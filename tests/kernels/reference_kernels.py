@@ -111,10 +111,10 @@ def installed(name: str = "reference", platform: str = "cpu"):
 
 
 @contextlib.contextmanager
-def pretending(kind: str, capability: tuple[int, int] = (9, 0)):
+def pretending(kind: str, capability: tuple[int, int] = (9, 0), multiprocessors: int | None = None):
     """Traces as if the default device were an NVIDIA GPU; nothing can be run."""
     real = _compat.target_device
-    choice._compat.target_device = lambda: _compat.Device("cuda", kind, capability)
+    choice._compat.target_device = lambda: _compat.Device("cuda", kind, capability, multiprocessors)
     try:
         yield
     finally:

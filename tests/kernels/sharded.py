@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,10 +17,10 @@ from lora_jax import reference
 from lora_jax.ops import lora_dot
 from tests.core.harness import cast, normal
 from tests.kernels import reference_kernels
+from tests.kernels.problems import mask
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 F16, RATE, SCALE, KEY = np.float16, 0.25, 2.7, jax.random.key(2)
-FACTOR = 65536 / (65536 - round(RATE * 65536))
 T, M, K, N, R = 4, 12, 256, 64, 3
 X, W = cast(normal(T, M, K), F16), cast(normal(K, N), F16)
 A, B = cast(normal(K, R) / 2, np.float32), cast(normal(R, N), np.float32)
@@ -54,45 +56,61 @@ def case(name: str) -> tuple[Any, Any, int]:
     return (*specs, P(*specs[1][1:]), dy), local, most
 
 
-def run(key: Any, implementation: str | None = "reference") -> Any:
-    """Value and gradients, with dropout if there is a key."""
+def keys(name: str) -> Iterator[Any]:
+    """With dropout; where that leaves the kernels, without it as well, and for one case in which it does not."""
+    yield KEY
+    if name in (*APART, "fully sharded, column"):
+        yield None
+
+
+def product(key: Any) -> Any:
+    """With dropout if there is a key."""
+
+    def dot(x, w, a, b, bias):
+        options = {"dropout_rate": RATE, "key": key, "implementation": "reference"}
+        return lora_dot(x, w, a, b, bias=bias, scale=SCALE, **options)
+
+    return dot
+
+
+def run(key: Any) -> Any:
+    """Value and gradients."""
 
     def fn(x, w, a, b, bias, dy):
-        def dot(x, a, b, bias):
-            options = {"dropout_rate": RATE, "key": key, "implementation": implementation}
-            return lora_dot(x, w, a, b, bias=bias, scale=SCALE, **options)
-
-        y, vjp = jax.vjp(dot, x, a, b, bias)
+        y, vjp = jax.vjp(lambda x, a, b, bias: product(key)(x, w, a, b, bias), x, a, b, bias)
         return y, vjp(dy)
 
     return fn
 
 
-def exact(dropped: bool, bias: Any = BIAS) -> tuple[Any, Any]:
-    """Result and gradients in float64, with magnitudes."""
-    mask = None
+@functools.cache
+def exact(dropped: bool, biases: int = 1) -> tuple[Any, Any]:
+    """Result and gradients in float64, with magnitudes. `biases`: how often the bias is added."""
+    keep = None
     if dropped:
-        seed = jax.lax.bitcast_convert_type(jax.random.bits(KEY, (2,), jnp.uint32), jnp.int32)
-        drop = reference_kernels.Drop(jnp.append(seed, jnp.zeros(2, jnp.int32)), round(RATE * 65536))
-        mask = np.asarray(reference_kernels.mask((T * M, K), drop), np.float64).reshape(T, M, K)
-    gradients = reference.lora_dot_gradients(X, W, A, B, SCALE, DY, mask)
-    return reference.lora_dot(X, W, A, B, SCALE, mask, bias), [gradients[name] for name in ("x", "a", "b", "bias")]
+        seed0, seed1 = map(int, jax.random.bits(KEY, (2,), jnp.uint32))
+        keep = mask((T * M, K), round(RATE * 65536), (seed0, seed1)).reshape(T, M, K)
+    gradients = reference.lora_dot_gradients(X, W, A, B, SCALE, DY, keep)
+    return reference.lora_dot(X, W, A, B, SCALE, keep, biases * BIAS), [
+        gradients[name] for name in ("x", "a", "b", "bias")
+    ]
 
 
-def check(got: Any, dropped: bool, bias: Any = BIAS) -> None:
+def check(got: Any, dropped: bool, biases: int = 1) -> None:
     """Within the roundings; without the adapter, the mask or a device's part it would not be."""
-    (y, gradients), (want, wanted) = got, exact(dropped, bias)
+    (y, gradients), (want, wanted) = got, exact(dropped, biases)
     # A split sum is rounded once more, by each device.
     bound = 2 * reference.tolerance(F16, K + N + T * M)
     for value, (exactly, magnitude) in zip((y, *gradients), (want, *wanted), strict=False):
         value = np.asarray(jax.device_get(value))
         assert reference.excess(value, exactly, bound * magnitude) <= 1
         assert reference.excess(exactly * 0.5, exactly, bound * magnitude) > 1
-    assert reference.excess(reference.lora_dot(X, W, A, 0 * B, SCALE, bias=bias)[0], want[0], bound * want[1]) > 1
-    for times in (0, 2):  # a bias that no device adds, or that two add
-        assert bias is not BIAS or reference.excess(exact(dropped, times * BIAS)[0][0], want[0], bound * want[1]) > 1
+    plain = reference.lora_dot(X, W, A, 0 * B, SCALE, bias=biases * BIAS)[0]
+    assert reference.excess(plain, want[0], bound * want[1]) > 1
+    for others in {0, 1, 2} - {biases}:  # a bias that no device adds, or that two add
+        assert reference.excess(exact(dropped, others)[0][0], want[0], bound * want[1]) > 1
     if dropped:
-        assert reference.excess(exact(False)[0][0], want[0], bound * want[1]) > 1
+        assert reference.excess(exact(False, biases)[0][0], want[0], bound * want[1]) > 1
 
 
 def automatic(name: str) -> None:
@@ -100,7 +118,7 @@ def automatic(name: str) -> None:
     specs, local, most = case(name)
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(AUTO, AUTO))
     operands = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((X, W, A, B, BIAS, DY), specs, strict=True)]
-    for key in (None, KEY):
+    for key in keys(name):
         with reference_kernels.installed() as calls:
             x, _, *factors, dy = (v.sharding for v in operands)
             compiled = jax.jit(run(key), out_shardings=(dy, (x, *factors))).lower(*operands).compile()
@@ -122,15 +140,12 @@ def explicit(name: str) -> None:
     mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(EXPLICIT, EXPLICIT))
     with jax.set_mesh(mesh):
         operands = [jax.device_put(v, s) for v, s in zip((X, W, A, B, BIAS), specs[:5], strict=True)]
-        for key in (None, KEY):
+        for key in keys(name):
             with reference_kernels.installed() as calls:
-                fn = run(key)
-                forward = jax.jit(lambda x, w, a, b, bias, key=key: lora_dot(
-                    x, w, a, b, bias=bias, scale=SCALE, dropout_rate=RATE, key=key, implementation="reference",
-                ))  # fmt: skip
-                y = forward(*operands)
-                dy = jax.device_put(DY, NamedSharding(mesh, jax.typeof(y).sharding.spec))
-                got = jax.jit(fn)(*operands, dy)
+                # The type of the result, which is that of `dy` too, takes no compilation.
+                y = jax.eval_shape(product(key), *operands)
+                dy = jax.device_put(DY, NamedSharding(mesh, y.sharding.spec))
+                got = jax.jit(run(key))(*operands, dy)
                 for gradient, operand in zip(got[1], (operands[0], *operands[2:]), strict=True):
                     assert jax.typeof(gradient).sharding == jax.typeof(operand).sharding
             check(got, key is not None)
@@ -156,7 +171,7 @@ def manual() -> None:
         )  # fmt: skip
         y = jax.jit(forward)(X, W, A, B, DY)
         assert {shapes[:3] for _, shapes in calls} == {(M, K, N)}, calls
-    check((y, gradients), dropped=False, bias=0.0)
+    check((y, gradients), dropped=False, biases=0)
 
 
 def no_names() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import mosaic_group, tuned
+from lora_jax.kernels import mosaic, mosaic_adapted, mosaic_group, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
@@ -66,14 +66,18 @@ def _grouped(rank: int, dtype: Any) -> Iterator[Kernel]:
         yield Kernel(f"down {words} side by side", run, (*dys, *(((together, n), dtype) for n in ns)))
         run = functools.partial(gemm, config=tuned.gemm_config(m, k, n, part[1]), part=part)
         yield Kernel(f"gemm {words}", run, (x, ((k, n), dtype), h, ((part[1], n), dtype)))
-        run = functools.partial(outer, config=_split(tuned.outer_config(m, n, part[1], SMS)), part=part)
+        run = _of_one(outer, config=_split(tuned.outer_config(m, n, part[1], SMS)), part=part)
         yield Kernel(f"outer {words}", run, (dys[1], h))
         for masked in (False, True):
-            config = tuned.gemm_config(m, sum(ns), k, together, dropped=masked)
+            config = tuned.gemm_config(m, sum(ns), k, together, dropped=masked, transposed=True)
             run = _side_by_side(len(ns), gemm, config=config, transposed=True, threshold=THRESHOLD)
             operands = (*dys, *(((k, n), dtype) for n in ns), g, ((k, together), dtype))
             name = f"gemm {words} side by side" + (" masked" if masked else "")
             yield Kernel(name, run, (*operands, *([((4,), jnp.int32)] if masked else [])))
+
+
+def _of_one(kernel: Any, **options: Any) -> Any:
+    return lambda x, thin: kernel([(x, thin)], **options)
 
 
 def _side_by_side(count: int, kernel: Any, **options: Any) -> Any:
@@ -97,7 +101,7 @@ def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Ke
             return {"seed": given[0], "threshold": THRESHOLD} if given else {}
 
         for transposed in (False, True):
-            config = tuned.gemm_config(m, k, n, rank, dropped=masked)
+            config = tuned.gemm_config(m, k, n, rank, dropped=masked, transposed=transposed)
 
             def product(x, w, thin, tail, *seed, config=config, transposed=transposed):
                 return gemm(x, w, thin, tail, config, transposed=transposed, **options(seed))
@@ -111,17 +115,34 @@ def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Ke
             if not masked:  # the gradient of the input has no bias
                 bias = ((n,), jnp.float32)
                 yield _named("gemm bias", with_bias, config, rank, masked, (x, w, thin, tail, bias), transposed)
-        down_config = _split(tuned.down_config(m, k, rank, SMS))
-        outer_config = _split(tuned.outer_config(m, k, rank, SMS))
+            if rank == mosaic_adapted.RANK and mosaic.STORES_TRANSPOSED:
+                yield from _in_one((x, w, ((rank, k), dtype), ((rank, n), dtype)), drops, transposed)
+        down_config = _split(tuned.down_config(m, k, rank, SMS, dropped=masked))
+        outer_config = _split(tuned.outer_config(m, k + n, rank, SMS, dropped=masked))
 
         def thin_product(x, a, *seed, config=down_config):
             return down(x, a, config, **options(seed))
 
-        def outer_product(x, g, *seed, config=outer_config):
-            return outer(x, g, config, **options(seed))
+        def outer_product(x, g, dy, h, *seed, config=outer_config):
+            return outer([(x, g), (dy, h)], config, **options(seed))
 
         yield _named("down", thin_product, down_config, rank, masked, (x, ((rank, k), dtype), *drops))
-        yield _named("outer", outer_product, outer_config, rank, masked, (x, thin, *drops))
+        yield _named("outer", outer_product, outer_config, rank, masked, (x, thin, ((m, n), dtype), thin, *drops))
+
+
+def _in_one(operands: tuple[Shape, ...], drops: tuple[Shape, ...], transposed: bool) -> Iterator[tuple[Kernel, Any]]:
+    n, rank, masked = operands[3][0][1], mosaic_adapted.RANK, bool(drops)
+
+    def product(x, w, a, b, *seed):
+        options = {"seed": seed[0], "threshold": THRESHOLD} if seed else {}
+        return mosaic_adapted.adapted(x, w, a, b, transposed=transposed, **options)
+
+    def with_bias(x, w, a, b, bias):
+        return mosaic_adapted.adapted(x, w, a, b, transposed=transposed, bias=bias)
+
+    yield _named("adapted", product, None, rank, masked, (*operands, *drops), transposed)
+    if not masked:
+        yield _named("adapted bias", with_bias, None, rank, masked, (*operands, ((n,), jnp.float32)), transposed)
 
 
 def _split(config: Any) -> Any:

@@ -19,10 +19,10 @@ from lora_jax import reference
 from lora_jax.ops import explain, lora_dot
 from tests.core.harness import cast, config, normal, random_adapter
 from tests.kernels import reference_kernels
+from tests.kernels.problems import mask
 
 BF16 = ml_dtypes.bfloat16
 KEY, RATE, SCALE = jax.random.key(2), 0.25, 2.7
-FACTOR = 65536 / (65536 - round(RATE * 65536))
 
 
 def operands(rows=(5,), k=70, n=24, r=3, dtype=BF16):
@@ -31,21 +31,27 @@ def operands(rows=(5,), k=70, n=24, r=3, dtype=BF16):
 
 
 def drawn(shape, key=KEY, rate=RATE):
-    """The mask, 0 or 1 / (what is kept): of the reference kernels, in float64."""
-    seed = jax.lax.bitcast_convert_type(jax.random.bits(key, (2,), jnp.uint32), jnp.int32)
-    drop = reference_kernels.Drop(jnp.append(seed, jnp.zeros(2, jnp.int32)), round(rate * 65536))
-    flat = reference_kernels.mask((int(np.prod(shape[:-1])), shape[-1]), drop)
-    return np.asarray(flat, np.float64).reshape(shape)
+    """The mask, 0 or 1 / (what is kept), in float64."""
+    seed0, seed1 = map(int, jax.random.bits(key, (2,), jnp.uint32))
+    return mask((int(np.prod(shape[:-1])), shape[-1]), round(rate * 65536), (seed0, seed1)).reshape(shape)
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.float16])
-@pytest.mark.parametrize("rows, r", [((5,), 3), ((2, 3), 17), ((), 1), ((1, 4, 1), 64)])
-@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    "rows, r, dropped, dtype",
+    [
+        ((5,), 3, True, BF16),
+        ((5,), 17, False, np.float16),
+        ((2, 3), 17, True, np.float16),
+        ((), 1, True, BF16),
+        ((1, 4, 1), 64, True, BF16),
+        ((2, 3), 64, False, BF16),
+    ],
+)
 def test_values_and_gradients(rows, r, dropped, dtype):
     """Against float64: with the scale folded in, the mask on the low-rank branch only, the padding cut off."""
     x, w, a, b = operands(rows, r=r, dtype=dtype)
     options = {"dropout_rate": RATE, "key": KEY} if dropped else {}
-    mask = drawn(x.shape) if dropped else None
+    keep = drawn(x.shape) if dropped else None
     dy = cast(normal(*rows, 24, seed=3), dtype)
     with reference_kernels.installed() as calls:
 
@@ -58,14 +64,14 @@ def test_values_and_gradients(rows, r, dropped, dtype):
         m = int(np.prod(rows))
         assert ("forward", (m, 70, 24, r)) in calls and ("backward", (m, 70, 24, r)) in calls
     bound = reference.tolerance(dtype, 70 + r)
-    want, magnitude = reference.lora_dot(x, w, a, b, SCALE, mask)
+    want, magnitude = reference.lora_dot(x, w, a, b, SCALE, keep)
     assert y.dtype == dtype and y.shape == (*rows, 24)
     assert reference.excess(y, want, bound * magnitude) <= 1
-    for wrong in (reference.lora_dot(x, w, a, b, 1.0, mask), reference.lora_dot(x, w, a, 0 * b, SCALE, mask)):
+    for wrong in (reference.lora_dot(x, w, a, b, 1.0, keep), reference.lora_dot(x, w, a, 0 * b, SCALE, keep)):
         assert reference.excess(wrong[0], want, bound * magnitude) > 1
     if dropped:
         assert reference.excess(reference.lora_dot(x, w, a, b, SCALE)[0], want, bound * magnitude) > 1
-    wanted = reference.lora_dot_gradients(x, w, a, b, SCALE, dy, mask)
+    wanted = reference.lora_dot_gradients(x, w, a, b, SCALE, dy, keep)
     bound = reference.tolerance(dtype, 70 + 24 + r + m)
     for name, got, leaf in zip("xwab", gradients, (x, w, a, b), strict=True):
         want, magnitude = wanted[name]
@@ -73,7 +79,7 @@ def test_values_and_gradients(rows, r, dropped, dtype):
         assert reference.excess(0.5 * want, want, bound * magnitude) > 1, name
 
 
-@pytest.mark.parametrize("asked", [(0,), (2,), (3,), (2, 3)])
+@pytest.mark.parametrize("asked", [(0,), (2, 3)])
 def test_only_gradients_asked_for(asked):
     args = operands()
     with reference_kernels.installed():
@@ -114,12 +120,10 @@ INDIRECT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*DIRECT, *INDIRECT])
-def test_products_of_models(name):
-    """Each product of a model on kernels where it may, else on XLA; the results agree to their roundings."""
+def of_model(name):
+    """Traces or computes a model's value and gradients, with dropout."""
     fn, shape, x_shape, _ = {**DIRECT, **INDIRECT}[name]
-    dtype = np.float16 if name == "weight's axes" else BF16  # a product that XLA lacks in bfloat16 on a CPU
-    params, x = cast({"w": normal(*shape)}, dtype), cast(normal(*x_shape), dtype)
+    params, x = cast({"w": normal(*shape)}, BF16), cast(normal(*x_shape), BF16)
 
     def model(p, x):
         return fn(p["w"], x)
@@ -127,22 +131,39 @@ def test_products_of_models(name):
     plan = lj.plan(model, params, x, config=config(dropout=RATE))
     adapter = random_adapter(plan, np.float32)
 
-    def run(call):
-        y, vjp = jax.vjp(lambda a, x: call(params, a, x, key=KEY), adapter, x)
-        return jax.tree.leaves((y, vjp(cast(normal(*y.shape, seed=1), y.dtype))))
+    def run(how, **options):
+        def both(adapter, x):
+            y, vjp = jax.vjp(lambda a, x: lj.apply(model, plan, **options)(params, a, x, key=KEY), adapter, x)
+            return jax.tree.leaves((y, vjp(cast(normal(*y.shape, seed=1), y.dtype))))
 
-    want = [np.asarray(v, np.float64) for v in run(lj.apply(model, plan, implementation="xla"))]
+        return how(both)(adapter, x)
+
+    return run, model, params, x
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_products_of_models(name):
+    """On kernels, and with the results of XLA to their roundings."""
+    run, model, params, x = of_model(name)
+    want = [np.asarray(v, np.float64) for v in run(jax.jit, implementation="xla")]
     with reference_kernels.installed() as calls:
-        got = run(lj.apply(model, plan))
-        assert bool(calls) == (name in DIRECT)
-        assert {kind for kind, _ in calls} == ({"forward", "backward"} if calls else set())
-        if name in INDIRECT and name != "two rows":  # where XLA is faster and no more
-            with pytest.raises(ValueError, match="`implementation='reference'` can't run the product of `w`"):
-                run(lj.apply(model, plan, implementation="reference"))
+        got = run(jax.jit)
+        assert {kind for kind, _ in calls} == {"forward", "backward"}
     for g, w in zip(got, want, strict=True):
         bound = reference.tolerance(BF16, 100) * np.abs(w).max()
         assert reference.excess(g, w, bound) <= 1
     assert reference.excess(model(params, x), want[0], reference.tolerance(BF16, 100) * np.abs(want[0]).max()) > 1
+
+
+@pytest.mark.parametrize("name", INDIRECT)
+def test_other_products_stay_on_xla(name):
+    run = of_model(name)[0]
+    with reference_kernels.installed() as calls:
+        run(lambda both: lambda *v: jax.eval_shape(both, *v))
+        assert not calls
+        if name != "two rows":  # where XLA is faster and no more
+            with pytest.raises(ValueError, match="`implementation='reference'` can't run the product of `w`"):
+                run(lambda both: lambda *v: jax.eval_shape(both, *v), implementation="reference")
 
 
 @pytest.mark.parametrize("name", INDIRECT)
@@ -234,3 +255,16 @@ def test_the_mesh_in_scope_says_what_is_compiled_for():
         assert explain(x, w, a, b).implementation == "xla"
         with jax.sharding.use_abstract_mesh(mesh):
             assert explain(x, w, a, b).implementation == "reference"
+
+
+def test_in_a_scan_results_reach_their_readers_by_a_barrier():
+    """Without it XLA writes `y` where the scan keeps it, and runs the kernel again for the other readers of `y`."""
+    x, w, a, b = normal(16, 64), normal(64, 32), normal(64, 4), normal(4, 32)
+
+    def fn(x, w, a, b):
+        return lax.scan(lambda x, w: (x + lora_dot(x, w, a, b, implementation="reference").sum(), None), x, w[None])[0]
+
+    operands = [cast(v, np.float16) for v in (x, w, a, b)]
+    with reference_kernels.installed(platform="cuda"), reference_kernels.pretending("NVIDIA H200"):
+        text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("optimization_barrier") == 1

@@ -184,6 +184,23 @@ def test_explanations():
             lora_dot_group(x, ws, a_s, b_s, implementation="reference")
 
 
+@pytest.mark.parametrize("ranks, barriers", [((3, 5, 16), 1), ((3, 40, 5), 3)])  # together, in turn
+def test_in_a_scan_results_reach_their_readers_by_a_barrier(ranks, barriers):
+    """One behind each call of the kernels: see `test_dispatch`."""
+    x, ws, a_s, b_s, _ = operands(ranks=ranks)
+
+    def layer(x, ws):
+        ys = lora_dot_group(x, ws, a_s, b_s, implementation="reference")
+        return x + sum(y.sum() for y in ys), None
+
+    def fn(x, ws):
+        return jax.lax.scan(layer, x, [w[None] for w in ws])[0]
+
+    with reference_kernels.installed(platform="cuda"), reference_kernels.pretending("NVIDIA H200"):
+        text = jax.jit(fn).trace(x, ws).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("optimization_barrier") == barriers
+
+
 def test_vmap_takes_xla():
     x, ws, a_s, b_s, biases = operands()
     xs = jnp.stack([x, 2 * x])

@@ -17,6 +17,8 @@ from lora_jax.kernels.gemm_config import GemmConfig, in_ring
 from lora_jax.kernels.mosaic_down import DownConfig, down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import OuterConfig, outer
+from lora_jax.kernels.mosaic_stages import stages
+from lora_jax.kernels.stage import excess
 from tests.kernels.problems import BF16, F16, GroupProblem, Problem, mask, normal, seed_words
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -109,10 +111,15 @@ def test_down(m, k, rank, config, masked):
     ],
 )
 def test_outer(m, k, rank, config, masked):
-    x, g = normal(m, k), normal(m, rank, seed=1)
-    padded = np.pad(g, ((0, -m % 64), (0, 0)))
-    thin = padded if in_ring(rank) else padded.T.copy()
-    got = outer(x, thin, config, interpret=INTERPRET, **drop_options(masked))
+    x, g, dy, h = normal(m, k), normal(m, rank, seed=1), normal(m, 64, seed=2), normal(m, rank, seed=3)
+
+    def thin(values):
+        padded = np.pad(values, ((0, -m % 64), (0, 0)))
+        return padded if in_ring(rank) else padded.T.copy()
+
+    got, other = outer([(x, thin(g)), (dy, thin(h))], config, interpret=INTERPRET, **drop_options(masked))
+    dy, h = wide(dy, h)
+    check(other, dy.T @ h, abs(dy).T @ abs(h), m, np.float32, {"the other's": dy.T @ g.astype(np.float64)})
     x, g = wide(x, g)
     kept = mask(x.shape, THRESHOLD) if masked else 1.0
     mistakes = {"half": (kept * x).T @ g / 2, "a shorter sum": (kept * x)[64:].T @ g[64:]}
@@ -178,7 +185,7 @@ def test_down_side_by_side(splits):
 
 def test_outer_of_a_part():
     x, g = normal(128, 128), normal(48, 128, seed=1)
-    got = outer(x, g, OuterConfig(stages=4, splits=1), part=(16, 16), interpret=INTERPRET)
+    (got,) = outer([(x, g)], OuterConfig(stages=4, splits=1), part=(16, 16), interpret=INTERPRET)
     x, g = wide(x, g)
     mistakes = {"others' ranks": x.T @ g[:16].T}
     check(got, x.T @ g[16:32].T, abs(x).T @ abs(g[16:32]).T, 128, np.float32, mistakes)
@@ -199,6 +206,16 @@ def test_group(problem):
     ys, h = mosaic_group.forward(x, ws, a_s, b_s, drop, biases=biases, **options)
     dx, das, dbs = mosaic_group.backward(dys, x, ws, a_s, b_s, h, drop, **options)
     problem.check(dx, ys, das, dbs)
+
+
+def test_what_tuning_expects_of_each_kernel():
+    """The kernels meet the bounds of `lora-jax tune`; half of a tail, or of a sum without its first part, does not."""
+    found = list(stages(64, 320, 320, 16, jnp.bfloat16, THRESHOLD, sms=2, interpret=INTERPRET))
+    assert [each.kernel.removeprefix("mosaic_") for each in found] == ["gemm", "gemm", "down", "down", "outer"]
+    for each in (*found[1:3], found[4]):  # with dropout
+        expected = each.expected(*each.operands)
+        assert excess(each.run(each.candidates[0], *each.operands), expected.value, expected.bound) <= 1
+        assert excess(expected.mistake, expected.value, expected.bound) > 1
 
 
 def test_a_shard_draws_its_part_of_the_mask():

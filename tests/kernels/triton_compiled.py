@@ -1,13 +1,14 @@
 """Compiles the Triton kernels for a GPU on a machine that has none, and reads what the machine code needs.
 
-    python -m tests.kernels.triton_compiled [--arch 90] [--dtype bf16] [--ranks 16 64] [--large]
+    python -m tests.kernels.triton_compiled [--arch 90] [--dtype bf16] [--ranks 16 64] [--large] [--jax]
 
-prints a JSON line for each shipped configuration.
+prints a JSON line for each shipped configuration: as PyTorch launches it or, with `--jax`, as `triton_lora` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -22,14 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_jax.kernels import triton_configs
-from lora_jax.kernels.triton_configs import GemmConfig, PassConfig, padded
-from lora_jax.kernels.triton_down import down_kernel
-from lora_jax.kernels.triton_gemm import gemm_kernel
-from lora_jax.kernels.triton_outer import outer_kernel
+from lora_jax.kernels import triton_plans as plans
+from lora_jax.kernels.triton_configs import SHARED_BYTES
+from lora_jax.kernels.triton_plans import Launch, Matrix
 
-# Compute capability -> shared memory of one program in bytes: A100, Ada, Hopper.
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SMS = {80: 108, 89: 128, 90: 132}  # A100, Ada, Hopper
 
 
 @dataclass(frozen=True)
@@ -41,102 +39,54 @@ class Needs:
     spilled: int
 
 
-def gemm(config: GemmConfig, *, arch: int, dtype: str, r: int, drop: bool, w_t: bool) -> Needs:
-    """16-bit types go by descriptors on Hopper."""
-    rp, tma = padded(r), arch >= 90 and dtype != "fp32"
-    w_block = (config.bn, config.bk) if w_t else (config.bk, config.bn)
-    types = {
-        "x_ptr": _tensor(dtype, (config.bm, config.bk) if tma else None),
-        "w_ptr": _tensor(dtype, w_block if tma else None),
-        "y_ptr": _tensor(dtype, (config.bm, config.bn // config.chunks) if tma else None),
-        "h_ptr": f"*{dtype}",
-        "b_ptr": f"*{dtype}",
-        "bias_ptr": None,
-        "seed_ptr": "*i32" if drop else None,
-        "tail_scale": "fp32",
-    }
-    constants: dict[str, Any] = {
-        "R": r,
-        "RP": rp,
-        "BM": config.bm,
-        "BN": config.bn,
-        "BK": config.bk,
-        "GROUP": config.group,
-        "CHUNKS": config.chunks,
-        "PREFETCH": config.prefetch(rp, 4 if dtype == "fp32" else 2),
-        "BIAS": False,
-        "DROP": drop,
-        "W_T": w_t,
-        "TMA": tma,
-    }
-    unit = ["stride_xk", "stride_hr", "stride_bn", "stride_yn", "stride_wk" if w_t else "stride_wn"]
-    return _compiled(gemm_kernel, types, constants, unit, config, arch)
+def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) -> Iterator[Launch]:
+    """What a call can get. `large`: only large layers, and one layout of the weight.
 
-
-def down(config: PassConfig, *, arch: int, dtype: str, r: int, drop: bool, split: int) -> Needs:
-    """The factor's rows contiguous along K, as PyTorch stores it."""
-    types = {
-        "x_ptr": _tensor(dtype, (config.rows, config.columns) if config.tma else None),
-        "a_ptr": f"*{dtype}",
-        "h_ptr": f"*{dtype}" if split == 1 else "*fp32",
-        "seed_ptr": "*i32" if drop else None,
-        "scale": "fp32",
-    }
-    constants = {"BM": config.rows, "BK": config.columns} | _pass_constants(config, r, drop, split)
-    return _compiled(down_kernel, types, constants, ["stride_xk", "stride_ak", "stride_hr"], config, arch)
-
-
-def outer(config: PassConfig, *, arch: int, dtype: str, r: int, drop: bool, split: int) -> Needs:
-    types = {
-        "t_ptr": f"*{dtype}",
-        "v_ptr": _tensor(dtype, (config.rows, config.columns) if config.tma else None),
-        "out_ptr": "*fp32",
-        "seed_ptr": "*i32" if drop else None,
-        "scale": "fp32",
-    }
-    constants = {"BM": config.rows, "BC": config.columns} | _pass_constants(config, r, drop, split)
-    return _compiled(outer_kernel, types, constants, ["stride_tr", "stride_vc", "stride_oc"], config, arch)
-
-
-def _tensor(dtype: str, block: tuple[int, int] | None) -> str:
-    """The type of a pointer, or of a descriptor of blocks."""
-    return f"tensordesc<{dtype}[{block[0]},{block[1]}]>" if block else f"*{dtype}"
-
-
-def shipped(arch: int, dtype: str, ranks: list[int], large: bool) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
-    """(kernel, configuration, the rest, a function that compiles it) for what a call can get.
-
-    `large`: only large layers, and one layout of the weight.
+    PyTorch stores the weight and both factors the other way round, and has descriptors on Hopper.
     """
     sizes = [(8192, 4096, 4096)] if large else [(8192, 4096, 4096), (512, 2048, 4096), (100, 64, 64)]
-    itemsize = 4 if dtype == "fp32" else 2
-    for r, drop in itertools.product(ranks, [False, True]):
-        rest = {"arch": arch, "dtype": dtype, "r": r, "drop": drop}
-        chosen = {"dropout": drop, "tma": arch >= 90 and itemsize == 2}
-        for size, w_t in itertools.product(sizes, [False] if large else [False, True]):
-            yield "gemm", triton_configs.gemm_config(*size, r, itemsize, **chosen), rest | {"w_t": w_t}, gemm
-        yield "down", triton_configs.down_config(8192, 4096, r, itemsize, **chosen), rest | {"split": 2}, down
-        yield "outer", triton_configs.outer_config(8192, 4096, r, itemsize, **chosen), rest | {"split": 2}, outer
+    itemsize, sms = 4 if dtype == "fp32" else 2, SMS[arch]
+
+    def matrix(rows: int, columns: int, *, other_way: bool = False) -> Matrix:
+        if other_way:
+            return matrix(columns, rows).T
+        return Matrix((rows, columns), (columns, 1), itemsize, tma=arch >= 90 and not by_jax)
+
+    for r, threshold in itertools.product(ranks, [0, 6554]):
+        for (m, k, n), w_t in itertools.product(sizes, [False] if large else [False, True]):
+            yield plans.gemm(
+                matrix(m, k), matrix(k, n, other_way=w_t), matrix(m, r), matrix(r, n, other_way=not by_jax),
+                matrix(m, n), threshold, sms, shared=SHARED_BYTES[divmod(arch, 10)],
+            )  # fmt: skip
+        m, k, _ = sizes[0]
+        yield plans.down(matrix(m, k), matrix(k, r, other_way=not by_jax), 1.0, threshold, sms)
+        yield plans.outer(matrix(m, r), matrix(m, k), threshold, sms, transposed=by_jax)
 
 
-def _pass_constants(config: PassConfig, r: int, drop: bool, split: int) -> dict[str, Any]:
-    return {"R": r, "RP": padded(r), "SPLIT": split, "DROP": drop, "TMA": config.tma}
-
-
-def _compiled(
-    kernel: Any, types: dict[str, str | None], constants: dict[str, Any], unit: list[str], config: Any, arch: int
-) -> Needs:
-    """Sizes and strides count as multiples of 16, as for all large layers, and `unit` strides as 1."""
-    constants = constants | {name: 1 for name in unit} | {name: None for name, kind in types.items() if kind is None}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if signature[name] == "i32" and name != "threshold" or signature[name].startswith("*"):
+def compiled(plan: Launch, *, arch: int, dtype: str, by_jax: bool) -> Needs:
+    """Sizes and strides by what they are multiples of, as Triton does it, or all of them as constants."""
+    kernel = getattr(importlib.import_module(f"lora_jax.kernels.triton_{plan.kernel}"), f"{plan.kernel}_kernel")
+    pointers = {parameter.name: f"*{dtype}" for parameter in kernel.params if parameter.name.endswith("_ptr")} | {
+        name: f"tensordesc<{dtype}[{rows},{columns}]>" for name, (rows, columns) in plan.blocks.items()
+    }
+    pointers |= {"seed_ptr": "*i32" if plan.numbers["DROP"] else "*i8"}
+    if plan.kernel == "outer" or plan.parts > 1:
+        pointers[plan.out] = "*fp32"
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, plan.numbers.get(parameter.name)
+        if name in pointers:
+            signature[name] = pointers[name]
+        elif by_jax or parameter.is_constexpr or value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if signature[name].startswith("*") or signature[name] == "i32" and value and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     built = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": plan.warps, "num_stages": plan.stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
@@ -159,9 +109,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--arch", type=int, default=90, choices=SHARED)
+    parser.add_argument("--jax", action="store_true")
+    parser.add_argument("--arch", type=int, default=90, choices=SMS)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     arguments = parser.parse_args()
-    for kernel, config, rest, build in shipped(arguments.arch, arguments.dtype, arguments.ranks, arguments.large):
-        needs = build(config, **rest)
-        print(json.dumps({"kernel": kernel, "config": str(config), **rest, **asdict(needs)}), flush=True)
+    how: dict[str, Any] = {"arch": arguments.arch, "dtype": arguments.dtype, "by_jax": arguments.jax}
+    for plan in shipped(ranks=arguments.ranks, large=arguments.large, **how):
+        needs = compiled(plan, **how)
+        print(json.dumps({**how, **asdict(plan), **asdict(needs)}), flush=True)

@@ -1,0 +1,104 @@
+"""The table of what was measured, `lora_jax/kernels/tuned_rows.py`, from the lines of the benchmarks.
+
+    python benchmarks/tuned_rows.py --write lora_jax/kernels/tuned_rows.py
+
+Reads `benchmarks/results/kernels.jsonl` (forward + backward, against XLA) and `tuning.jsonl`, which
+`lora-jax tune ... --log benchmarks/results/tuning.jsonl` writes (the fastest tiles of a shape). Of a row measured more
+than once, the last counts. Without `--write`, prints the module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+HEAD = '''"""What was measured where. Written by `benchmarks/tuned_rows.py`, each row from the line that it cites."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Race(NamedTuple):
+    """Forward + backward, as ratios to XLA's frozen linear: lines of `benchmarks/results/kernels.jsonl`."""
+
+    device: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dropped: bool
+    xla: float
+    kernels: float
+    commit: str
+
+
+class Tiles(NamedTuple):
+    """The fastest tiles of a kernel, where they are not the general ones: lines of `.../tuning.jsonl`."""
+
+    device: str
+    kernel: str
+    shape: dict[str, Any]
+    config: dict[str, Any]
+    commit: str
+
+
+'''
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+
+def races() -> Iterator[tuple[Any, ...]]:
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for line in lines("kernels.jsonl"):
+        name, _, dropout = line["row"].partition(", ")
+        if line["pass"] == "forward + backward" and name in ("XLA LoRA", "kernels"):
+            key = (line["gpu"], line["m"], line["k"], line["n"], line["r"], dropout == "dropout")
+            found.setdefault(key, {})[name] = line
+    for key, pair in found.items():
+        if len(pair) == 2:
+            yield (*key, pair["XLA LoRA"]["ratio"], pair["kernels"]["ratio"], pair["kernels"]["commit"])
+
+
+def tiles() -> Iterator[tuple[Any, ...]]:
+    found = {}
+    for line in lines("tuning.jsonl"):
+        if line["kind"] == "tiles":
+            found[line["device"], line["kernel"], json.dumps(line["shape"])] = line
+    for line in found.values():
+        if not line["general"]:
+            yield tuple(line[name] for name in ("device", "kernel", "shape", "config", "commit"))
+
+
+def module() -> str:
+    parts = [HEAD]
+    for name, kind, rows in (("RACES", "Race", races()), ("TILES", "Tiles", tiles())):
+        each = [f"    {kind}({', '.join(map(_literal, row))}),\n" for row in rows]
+        body = f"(\n{''.join(each)})  # fmt: skip" if each else "()"
+        parts.append(f"{name}: tuple[{kind}, ...] = {body}\n")
+    return "".join(parts)
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value).replace("'", '"')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the module to write")
+    path = parser.parse_args().write
+    if path is None:
+        print(module(), end="")
+    else:
+        path.write_text(module(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

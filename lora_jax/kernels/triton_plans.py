@@ -1,0 +1,171 @@
+"""What to launch for given operands: how many programs of which kernel, with which tiles and which numbers.
+
+For everyone who launches the Triton kernels, from PyTorch or from JAX. Plain data: imports none of triton, torch, jax.
+
+Letters, as in the kernel files:
+    M tokens    K input features    N output features    R rank
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+from lora_jax.kernels.triton_configs import (
+    LEAST_SHARED_BYTES,
+    GemmConfig,
+    PassConfig,
+    down_config,
+    gemm_config,
+    outer_config,
+    padded,
+)
+
+STEPS = 65536  # of a dropout rate: what 16 bits tell apart
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An operand as it lies in memory, strides in elements. `tma`: the device copies tiles by descriptor from there."""
+
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    itemsize: int
+    tma: bool = False
+
+    @classmethod
+    def row_major(cls, rows: int, columns: int, itemsize: int) -> Matrix:
+        return cls((rows, columns), (columns, 1), itemsize)
+
+    @property
+    def T(self) -> Matrix:
+        (rows, columns), (row, column) = self.shape, self.strides
+        return Matrix((columns, rows), (column, row), self.itemsize, self.tma)
+
+    @property
+    def describable(self) -> bool:
+        """Whether a descriptor can be made: 16-bit elements, rows contiguous and at multiples of 16 bytes."""
+        row, column = self.strides
+        fits = column == 1 and row >= self.shape[1] and row * self.itemsize % 16 == 0
+        return self.tma and self.itemsize == 2 and fits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of `<kernel>_kernel` in `triton_<kernel>.py`.
+
+    **Fields:**
+
+    - `programs`: the grid, of one dimension.
+    - `out`: the parameter that takes the result's pointer.
+    - `numbers`: every parameter that is no pointer, by name.
+    - `parts`: if not 1, the result is so many float32 partial sums, one after the other, that `total` adds.
+    - `blocks`: the shapes of tiles by the parameters that take descriptors; empty where all take pointers.
+    """
+
+    kernel: str
+    programs: int
+    out: str
+    numbers: dict[str, int | float]
+    warps: int
+    stages: int
+    parts: int = 1
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def rescaling(threshold: int) -> float:
+    """What kept elements are multiplied by, where 16-bit numbers below `threshold` mean "drop"."""
+    return STEPS / (STEPS - threshold) if threshold < STEPS else 0.0
+
+
+@functools.lru_cache(1024)  # on the way of each launch from PyTorch
+def down(
+    x: Matrix, a: Matrix, scale: float, threshold: int, sms: int, *, config: PassConfig | None = None
+) -> Launch:  # fmt: skip
+    """`scale * drop(x) @ a`: (M, K), (K, R) -> (M, R), row-major. `threshold` 0: no dropout."""
+    (m, k), r, tma = x.shape, a.shape[1], x.describable
+    config = config or down_config(m, k, r, x.itemsize, tma=tma, dropout=threshold > 0)
+    row_blocks = blocks_of(m, config.rows)
+    parts = config.split(row_blocks, blocks_of(k, config.columns), sms)
+    numbers = {
+        "scale": scale * rescaling(threshold), "threshold": threshold, "M": m, "K": k,
+        **_strides("x", "mk", x), **_strides("a", "kr", a), "stride_hs": m * r, "stride_hm": r, "stride_hr": 1,
+        "R": r, "RP": padded(r), "BM": config.rows, "BK": config.columns,
+    }  # fmt: skip
+    return _pass("down", "h_ptr", "x_ptr", row_blocks, parts, numbers, config, tma=tma)
+
+
+@functools.lru_cache(1024)
+def outer(
+    t: Matrix, v: Matrix, threshold: int, sms: int, *, transposed: bool = False, config: PassConfig | None = None
+) -> Launch:
+    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C) in float32, row-major; (C, R) if `transposed`."""
+    (m, r), c, tma = t.shape, v.shape[1], v.describable
+    config = config or outer_config(m, c, r, v.itemsize, tma=tma, dropout=threshold > 0)
+    column_blocks = blocks_of(c, config.columns)
+    parts = config.split(column_blocks, blocks_of(m, config.rows), sms)
+    of_rank, of_column = (1, r) if transposed else (c, 1)
+    numbers = {
+        "scale": rescaling(threshold), "threshold": threshold, "M": m, "C": c,
+        **_strides("t", "mr", t), **_strides("v", "mc", v),
+        "stride_os": r * c, "stride_or": of_rank, "stride_oc": of_column,
+        "R": r, "RP": padded(r), "BM": config.rows, "BC": config.columns,
+    }  # fmt: skip
+    return _pass("outer", "out_ptr", "v_ptr", column_blocks, parts, numbers, config, tma=tma)
+
+
+@functools.lru_cache(1024)
+def gemm(
+    x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix, threshold: int, sms: int,
+    *, bias: bool = False, shared: int = LEAST_SHARED_BYTES, config: GemmConfig | None = None,
+) -> Launch:  # fmt: skip
+    """`x @ w + drop(h @ b) (+ bias)`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N); the mask is one of `y`.
+
+    A descriptor of `w` is one of `w.T` if `W_T`. `shared`: bytes of shared memory that a program may have.
+    """
+    (m, k), n, r = x.shape, w.shape[1], h.shape[1]
+    transposed = w.strides[0] == 1 != w.strides[1]
+    tma = x.describable and y.describable and (w.T if transposed else w).describable
+    config = config or gemm_config(m, n, k, r, x.itemsize, tma=tma, dropout=threshold > 0, shared=shared)
+    tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
+    blocks = {
+        "x_ptr": (config.bm, config.bk),
+        "w_ptr": (config.bn, config.bk) if transposed else (config.bk, config.bn),
+        "y_ptr": (config.bm, config.bn // config.chunks),
+    }
+    numbers = {
+        "tail_scale": rescaling(threshold), "threshold": threshold, "M": m, "N": n, "K": k,
+        **_strides("x", "mk", x), **_strides("w", "kn", w), **_strides("h", "mr", h), **_strides("b", "rn", b),
+        **_strides("y", "mn", y),
+        "R": r, "RP": padded(r), "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
+        "CHUNKS": config.chunks, "PREFETCH": config.prefetch(padded(r), x.itemsize),
+        "BIAS": bias, "DROP": threshold > 0, "W_T": transposed, "TMA": tma,
+    }  # fmt: skip
+    return Launch(
+        "gemm", min(tiles, config.per_sm * sms) if config.per_sm else tiles, "y_ptr", numbers,
+        config.warps, config.stages, blocks=blocks if tma else {},
+    )  # fmt: skip
+
+
+def total(size: int, parts: int) -> Launch:
+    """The sum of `parts` partial sums of `size` elements."""
+    return Launch("sum", blocks_of(size, 1024), "out_ptr", {"size": size, "PARTS": parts, "BLOCK": 1024}, 4, 3)
+
+
+def blocks_of(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _pass(
+    kernel: str, out: str, read: str, programs: int, parts: int, numbers: dict[str, int | float], config: PassConfig,
+    *, tma: bool,
+) -> Launch:  # fmt: skip
+    """`read`: the large operand. `config.tma` may decide against descriptors."""
+    tma &= config.tma
+    numbers |= {"SPLIT": parts, "DROP": numbers["threshold"] > 0, "TMA": tma}
+    blocks = {read: (config.rows, config.columns)} if tma else {}
+    return Launch(kernel, programs * parts, out, numbers, config.warps, config.stages, parts, blocks)
+
+
+def _strides(name: str, axes: str, matrix: Matrix) -> dict[str, int]:
+    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, matrix.strides, strict=True)}
