@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,6 +66,20 @@ def interpreted(interpret: Any) -> dict[str, Any]:
 def registers_left(memory: int, multiplying: int) -> int:
     """Registers a thread of each multiplying warpgroup, when one other has `memory`: 512 a lane in all, in eights."""
     return min(256, (512 - memory) // multiplying) // 8 * 8
+
+
+def side_by_side(step: Any, counts: Sequence[int], copy: Any) -> None:
+    """A walk along operands that lie side by side, `counts` steps each: `copy(i, step)` for the one at `step`."""
+    first = 0
+    for i, count in enumerate(counts):
+        if len(counts) == 1:
+            copy(i, step)
+            return
+        here = step >= first
+        if i + 1 < len(counts):  # else beyond the end too, where copies bring zeros
+            here &= step < first + count
+        pl.when(here)(functools.partial(copy, i, step - first))
+        first += count
 
 
 def fill(steps: int, stages: int, load: Any, free: Any) -> None:

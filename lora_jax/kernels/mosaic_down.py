@@ -39,10 +39,11 @@ class DownConfig:
 
 
 def down(
-    x: jax.Array,
-    a_t: jax.Array,
+    x: jax.Array | tuple[jax.Array, ...],
+    a_t: jax.Array | tuple[jax.Array, ...],
     config: DownConfig,
     *,
+    by_rank: bool | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     interpret: Any = None,
@@ -52,21 +53,32 @@ def down(
     Of `x`'s dtype, summed in float32. With a `seed` (see `mosaic_dropout.Mask`), elements whose 16 bits lie under
     `threshold` are dropped and the sums are multiplied by 65536 / (65536 - threshold), in float32. Rows beyond M are
     zero. R is a multiple of 16, K of 64.
+
+    Several `x` and as many `a_t` are taken for one of each, side by side: the sum of their products. `by_rank`: the
+    result's layout, if R alone does not decide it.
     """
     c = config
-    rank = a_t.shape[0]
-    blocks = pl.cdiv(x.shape[0], c.rows)
-    by_rank = not in_ring(rank) and c.splits == 1 and mosaic.STORES_TRANSPOSED
+    xs: Any = x if isinstance(x, tuple) else (x,)
+    factors: Any = a_t if isinstance(a_t, tuple) else (a_t,)
+    counts = [pl.cdiv(x.shape[1], c.depth) for x in xs]
+    if len(xs) > 1:  # each begins at a step of the walk
+        assert seed is None, "a mask has one place for its columns"
+        factors = [jnp.pad(a, ((0, 0), (0, n * c.depth - a.shape[1]))) for a, n in zip(factors, counts, strict=True)]
+    factor = factors[0] if len(xs) == 1 else jnp.concatenate(factors, 1)
+    rank, rows = factor.shape[0], xs[0].shape[0]
+    rank_first = not in_ring(rank) if by_rank is None else by_rank
+    blocks = pl.cdiv(rows, c.rows)
+    by_rank = rank_first and c.splits == 1 and mosaic.STORES_TRANSPOSED
     shape = (rank, blocks * c.rows) if by_rank else (blocks * c.rows, rank)
-    dtype = x.dtype
+    dtype = factor.dtype
     if c.splits > 1:
         shape, dtype = (c.splits, *shape), jnp.float32
-    operands = [x, a_t, *([] if seed is None else [seed])]
+    operands = [*xs, factor, *([] if seed is None else [seed])]
 
-    def lora_down(x_g, a_g, *rest):
-        _kernel(
-            x_g, a_g, rest[0] if seed is not None else None, rest[-1], config=c, by_rank=by_rank, threshold=threshold
-        )
+    def lora_down(*refs):
+        xs_g, (a_g, *rest) = refs[: len(xs)], refs[len(xs) :]
+        seed_g = rest[0] if seed is not None else None
+        _kernel(xs_g, counts, a_g, seed_g, rest[-1], config=c, by_rank=by_rank, threshold=threshold)
 
     out = plgpu.kernel(
         lora_down,
@@ -79,14 +91,14 @@ def down(
         **mosaic.interpreted(interpret),
     )(*operands)
     if c.splits > 1:
-        out = out.sum(0).astype(x.dtype)
-    return out if by_rank or in_ring(rank) else out.T
+        out = out.sum(0).astype(factor.dtype)
+    return out.T if rank_first and not by_rank else out
 
 
-def _kernel(x_g, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, threshold: int):
+def _kernel(xs_g, counts, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, threshold: int):
     c = config
-    dtype, rank = x_g.dtype, a_g.shape[0]
-    steps = pl.cdiv(pl.cdiv(x_g.shape[1], c.depth), c.splits)
+    dtype, rank = a_g.dtype, a_g.shape[0]
+    steps = pl.cdiv(sum(counts), c.splits)
     row0, split = lax.axis_index("rows") * c.rows, lax.axis_index("split")
 
     @functools.partial(
@@ -102,9 +114,13 @@ def _kernel(x_g, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, thresho
     )
     def _(x_s, a_s, h_s, others_s, full, free, ready):
         def load(slot, step):
-            ks = pl.ds((split * steps + step) * c.depth, c.depth)
-            plgpu.copy_gmem_to_smem(x_g.at[pl.ds(row0, c.rows), ks], x_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(a_g.at[:, ks], a_s.at[slot], full.at[slot])
+            def copy(i, at):
+                ks = pl.ds(at * c.depth, c.depth)
+                plgpu.copy_gmem_to_smem(xs_g[i].at[pl.ds(row0, c.rows), ks], x_s.at[slot], full.at[slot])
+
+            at = split * steps + step
+            mosaic.side_by_side(at, counts, copy)
+            plgpu.copy_gmem_to_smem(a_g.at[:, pl.ds(at * c.depth, c.depth)], a_s.at[slot], full.at[slot])
 
         def multiply(acc):
             def use(slot, step):

@@ -35,13 +35,14 @@ MEMORY_REGISTERS = 40
 
 
 def gemm(
-    x: jax.Array,
-    w: jax.Array,
+    x: jax.Array | tuple[jax.Array, ...],
+    w: jax.Array | tuple[jax.Array, ...],
     thin: jax.Array | None,
     tail: jax.Array | None,
     config: GemmConfig,
     *,
     transposed: bool = False,
+    part: tuple[int, int] | None = None,
     bias: jax.Array | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
@@ -54,24 +55,30 @@ def gemm(
     (R, N). bfloat16 or float16 throughout, sums in float32, rounded once. With a `seed` (see `mosaic_dropout.Mask`),
     `thin·tail` is masked and rescaled. `bias`: (N,), of `x`'s dtype or float32, added to the sums before they are
     rounded. **Raises:** `ValueError` for shapes that the kernel can't take.
+
+    Several `x` and as many `w` are taken for one of each, side by side: the sum of their products, and one tail.
+    `part`: (first, R) of the ranks of `thin`, if not all; then R alone decides on its layout, 16 or more.
     """
-    (m, k), n = x.shape, w.shape[0] if transposed else w.shape[1]
-    rank = 0 if thin is None else rank_of(thin)
+    xs, ws = (v if isinstance(v, tuple) else (v,) for v in (x, w))
+    m, n = xs[0].shape[0], ws[0].shape[0] if transposed else ws[0].shape[1]
+    k = sum(x.shape[1] for x in xs)
+    first, rank = part or (0, 0 if thin is None else rank_of(thin))
     problem = unsupported(m, k, n, rank, config, masked=seed is not None)
     if problem:
         raise ValueError(problem)
     given = {"thin_g": thin, "tail_g": tail, "bias_g": padded_bias(bias, config.block[1]), "seed_g": seed}
     given = {name: operand for name, operand in given.items() if operand is not None}
 
-    def lora_gemm(x_g, w_g, *rest):
+    def lora_gemm(*refs):
+        xs_g, ws_g, rest = refs[: len(xs)], refs[len(xs) : 2 * len(xs)], refs[2 * len(xs) :]
         _kernel(
-            x_g, w_g, rest[-1], **dict(zip(given, rest, strict=False)),
-            rank=rank, config=config, transposed=transposed, threshold=threshold,
+            xs_g, ws_g, rest[-1], **dict(zip(given, rest, strict=False)),
+            first_rank=first, rank=rank, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
     return plgpu.kernel(
         lora_gemm,
-        out_type=jax.ShapeDtypeStruct((m, n), x.dtype),
+        out_type=jax.ShapeDtypeStruct((m, n), xs[0].dtype),
         grid=(sms // 2 if config.cluster else sms,),
         grid_names=("blocks",),
         cluster=(2,) if config.cluster else (1,),
@@ -80,19 +87,20 @@ def gemm(
         thread_name="wg",
         compiler_params=mosaic.compiler_params(),
         **mosaic.interpreted(interpret),
-    )(x, w, *given.values())
+    )(*xs, *ws, *given.values())
 
 
 def _kernel(
-    x_g, w_g, y_g, *, thin_g: Any = None, tail_g: Any = None, bias_g: Any = None, seed_g: Any = None,
-    rank: int, config: GemmConfig, transposed: bool, threshold: int,
+    xs_g, ws_g, y_g, *, thin_g: Any = None, tail_g: Any = None, bias_g: Any = None, seed_g: Any = None,
+    first_rank: int, rank: int, config: GemmConfig, transposed: bool, threshold: int,
 ):  # fmt: skip
     c = config
-    dtype = x_g.dtype
-    (m, k), n = x_g.shape, y_g.shape[1]
+    dtype = y_g.dtype
+    m, n = y_g.shape
     cta_m, cta_n = c.cta
     tiles = pl.cdiv(m, c.block[0]), pl.cdiv(n, c.block[1])
-    main_steps = pl.cdiv(k, K_TILE)
+    counts = [pl.cdiv(x_g.shape[1], K_TILE) for x_g in xs_g]
+    main_steps = sum(counts)
     ring_tail = rank > 0 and in_ring(rank)
     own_tail = rank > 0 and not ring_tail
     steps = main_steps + (rank // K_TILE if ring_tail else 0)
@@ -138,9 +146,10 @@ def _kernel(
         def multicast(side):
             return "cluster" if c.cluster == side else None
 
-        def load_step(left_g, right_g, slot, team, step, m0, n0):
+        def load_step(left_g, right_g, slot, team, step, m0, n0, left0=0):
             ks, done = pl.ds(step * K_TILE, K_TILE), full.at[team * c.stages + slot]
-            plgpu.copy_gmem_to_smem(left_g.at[pl.ds(m0, cta_m), ks], x_s.at[slot], done, collective_axes=multicast("n"))
+            left = left_g.at[pl.ds(m0, cta_m), pl.ds(left0 + step * K_TILE, K_TILE)]
+            plgpu.copy_gmem_to_smem(left, x_s.at[slot], done, collective_axes=multicast("n"))
             if transposed:
                 plgpu.copy_gmem_to_smem(
                     right_g.at[pl.ds(n0, cta_n), ks], w_s.at[slot], done, collective_axes=multicast("m")
@@ -152,7 +161,7 @@ def _kernel(
 
         def load_tail(team, m0, n0):
             done = tail_full.at[team]
-            plgpu.copy_gmem_to_smem(thin_g.at[:, pl.ds(m0, cta_m)], thin_s, done)
+            plgpu.copy_gmem_to_smem(thin_g.at[pl.ds(first_rank, rank), pl.ds(m0, cta_m)], thin_s, done)
             for half in range(halves[0]):
                 ns = pl.ds(n0 + half * halves[1], halves[1])
                 plgpu.copy_gmem_to_smem(tail_g.at[:, ns], tail_s.at[half], done)
@@ -177,13 +186,16 @@ def _kernel(
 
                     @pl.when(step < main_steps)
                     def _():
-                        load_step(x_g, w_g, slot, team, step, m0, n0)
+                        def load(i, at):
+                            load_step(xs_g[i], ws_g[i], slot, team, at, m0, n0)
+
+                        mosaic.side_by_side(step, counts, load)
 
                     if ring_tail:
 
                         @pl.when(step >= main_steps)
                         def _():
-                            load_step(thin_g, tail_g, slot, team, step - main_steps, m0, n0)
+                            load_step(thin_g, tail_g, slot, team, step - main_steps, m0, n0, first_rank)
 
                     if own_tail:
                         # By now the last tile's tail was used: its products came before those of this ring's slots.

@@ -36,7 +36,7 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
         return f"{jnp.dtype(dtype).name} operands; the kernels take bfloat16 and float16"
     if rank > 256:
         return f"rank {rank}; the kernels take up to 256"
-    (m, k, n), rank = _padded(m, k, n), padded_rank(rank)
+    (m, k, n), rank = padded_sizes(m, k, n), padded_rank(rank)
     for contracted, out in ((k, n), (n, k)):
         for masked in (False, True):
             config = tuned.gemm_config(m, contracted, out, rank, dropped=masked)
@@ -126,9 +126,9 @@ def backward(
     shape, r = (*x.shape, b.shape[1]), a.shape[1]
     x, w, a_t, b = _pad_operands(x, w, a, b, transposed)
     rows, k, n, rank = x.shape[0], x.shape[1], b.shape[1], a_t.shape[0]
-    dy = _pad(dy, rows, n)
+    dy = pad(dy, rows, n)
     # Rank-major it is copied in tiles of 64 rows.
-    h = _pad(h, max(h.shape[0], rows), rank) if in_ring(rank) else _pad(h, rank, -(-h.shape[1] // 64) * 64)
+    h = pad(h, max(h.shape[0], rows), rank) if in_ring(rank) else pad(h, rank, -(-h.shape[1] // 64) * 64)
     options = {} if drop is None else drop._asdict()
     sms = sms or multiprocessors()
     dx = g = None
@@ -156,7 +156,8 @@ def multiprocessors() -> int:
     return _compat.target_device().multiprocessors or 132
 
 
-def _padded(m: int, k: int, n: int) -> tuple[int, int, int]:
+def padded_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
+    """What the kernels take M, K and N for."""
     return -(-m // 8) * 8, -(-k // K_TILE) * K_TILE, -(-n // K_TILE) * K_TILE
 
 
@@ -165,9 +166,10 @@ def _pad_operands(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`x`, `w`, `aᵀ` and `b` with zeros around."""
     rank = padded_rank(a.shape[1])
-    m, k, n = _padded(x.shape[0], x.shape[1], b.shape[1])
-    return _pad(x, m, k), _pad(w, n, k) if transposed else _pad(w, k, n), _pad(a.T, rank, k), _pad(b, rank, n)
+    m, k, n = padded_sizes(x.shape[0], x.shape[1], b.shape[1])
+    return pad(x, m, k), pad(w, n, k) if transposed else pad(w, k, n), pad(a.T, rank, k), pad(b, rank, n)
 
 
-def _pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """With zeros below and to the right."""
     return jnp.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))

@@ -43,6 +43,7 @@ def outer(
     pairs: Sequence[tuple[jax.Array, jax.Array]],
     config: OuterConfig,
     *,
+    part: tuple[int, int] | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
     interpret: Any = None,
@@ -50,10 +51,11 @@ def outer(
     """`drop(x)ᵀ·g` of each pair: (M, K), thin -> (K, R) float32. M and R are the same for all, K is not.
 
     `thin` is (R, M or more), or (M or more, R) for R in the ring. `seed` and `threshold` as in `mosaic_down.down`, for
-    the first pair only. R is a multiple of 16, K of 64. Rows of `g` beyond M must be finite.
+    the first pair only. R is a multiple of 16, K of 64. Rows of `g` beyond M must be finite. `part`: (first, R) of the
+    ranks of every `g`, if not all, as in `mosaic_gemm`.
     """
     c = config
-    rank = rank_of(pairs[0][1])
+    first_rank, rank = part or (0, rank_of(pairs[0][1]))
     blocks = [pl.cdiv(x.shape[1], c.columns) for x, _ in pairs]
     operands = [operand for pair in pairs for operand in pair] + ([] if seed is None else [seed])
 
@@ -61,7 +63,8 @@ def outer(
         *inputs, out_g = refs
         seed_g = inputs.pop() if seed is not None else None
         firsts = [sum(blocks[:i]) for i in range(len(blocks))]
-        _kernel(list(zip(inputs[::2], inputs[1::2], firsts, strict=True)), seed_g, out_g, config=c, threshold=threshold)
+        each = list(zip(inputs[::2], inputs[1::2], firsts, strict=True))
+        _kernel(each, seed_g, out_g, first_rank=first_rank, config=c, threshold=threshold)
 
     out = plgpu.kernel(
         lora_outer,
@@ -78,7 +81,9 @@ def outer(
     return [out[start : start + x.shape[1]] for start, (x, _) in zip(starts, pairs, strict=True)]
 
 
-def _kernel(pairs: list[tuple[Any, Any, int]], seed_g: Any, out_g: Any, *, config: OuterConfig, threshold: int):
+def _kernel(
+    pairs: list[tuple[Any, Any, int]], seed_g: Any, out_g: Any, *, first_rank: int, config: OuterConfig, threshold: int
+):
     """`pairs`: references, and the first block of each."""
     c = config
     dtype, rank = pairs[0][0].dtype, out_g.shape[2]
@@ -100,9 +105,9 @@ def _kernel(pairs: list[tuple[Any, Any, int]], seed_g: Any, out_g: Any, *, confi
     def _(x_s, g_s, out_s, others_s, full, free, ready):
         def load(x_g, g_g, first, slot, step):
             ms = pl.ds((split * steps + step) * c.rows, c.rows)
-            columns = pl.ds((block - first) * c.columns, c.columns)
+            columns, ranks = pl.ds((block - first) * c.columns, c.columns), pl.ds(first_rank, rank)
             plgpu.copy_gmem_to_smem(x_g.at[ms, columns], x_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(g_g.at[:, ms] if by_rank else g_g.at[ms], g_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(g_g.at[ranks, ms] if by_rank else g_g.at[ms, ranks], g_s.at[slot], full.at[slot])
 
         def multiply(masked, acc):
             def use(slot, step):

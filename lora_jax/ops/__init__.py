@@ -6,5 +6,9 @@ from lora_jax.ops.contraction import Contraction as Contraction
 from lora_jax.ops.dropout import dropout as dropout
 from lora_jax.ops.lora_dot import explain as explain
 from lora_jax.ops.lora_dot import lora_dot as lora_dot
+from lora_jax.ops.lora_dot_group import explain_group as explain_group
+from lora_jax.ops.lora_dot_group import lora_dot_group as lora_dot_group
+from lora_jax.ops.lora_swiglu import LoraKernel as LoraKernel
+from lora_jax.ops.lora_swiglu import lora_swiglu as lora_swiglu
 from lora_jax.ops.low_rank import low_rank_contract as low_rank_contract
 from lora_jax.ops.tune import tune as tune

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from lora_jax import _compat
 from lora_jax.kernels import tuning_cache
 from lora_jax.kernels.shape_class import class_of
 from lora_jax.ops.contraction import Contraction
-from lora_jax.ops.families import FAMILIES, Family
+from lora_jax.ops.families import FAMILIES, Family, group_kernels
 from lora_jax.ops.matrices import Matrices, as_matrices
 
 
@@ -28,6 +29,7 @@ class Choice:
     - `reasons`: `{name: why not}` for the others.
     - `matrices`: the product as one of matrices, where kernels run.
     - `name`: of the parameter, where known.
+    - `group`: for one of several products with the same data, whether they share the work on it.
     - `sizes`: M, K, N and R, where the product is one of matrices.
     """
 
@@ -35,6 +37,7 @@ class Choice:
     reasons: Mapping[str, str]
     matrices: Matrices | None = None
     name: str = ""
+    group: str = ""
     sizes: tuple[int, int, int, int] | None = None
 
     def __str__(self) -> str:
@@ -42,7 +45,8 @@ class Choice:
         if self.matrices is not None:
             size = "  M={}, K={}, N={}, R={}".format(*self.matrices.mknr)
             size += ", weight stored (N, K)" if self.matrices.transposed else ""
-        return "\n".join([self.implementation + size, *(f"  not {name}: {why}" for name, why in self.reasons.items())])
+        lines = [self.implementation + size, *([f"  {self.group}"] if self.group else [])]
+        return "\n".join([*lines, *(f"  not {name}: {why}" for name, why in self.reasons.items())])
 
 
 def names() -> tuple[str, ...]:
@@ -85,6 +89,60 @@ def choose(
     `x` and `w`: arrays or abstract values. **Raises:** `ValueError` with the reason where a family is asked for by name
     and can't run.
     """
+    return record(_chosen(spec, sizes, x, w, implementation, dropped, name))
+
+
+class Sharing(enum.Enum):
+    """How several products with the same data and the same mask are computed."""
+
+    TOGETHER = "one pass over the data gives h of all {count}, one all dA, and one product the data's gradient"
+    BY_XLA = "one product gives h of all {count}, and one all dA"
+    IN_TURN = "the data is read for each of the {count} products: {why}"
+    APART = "nothing is shared by the {count} products: {why}"
+
+
+def choose_group(
+    spec: Contraction,
+    sizes: Sequence[Mapping[Any, int]],
+    x: Any,
+    ws: Sequence[Any],
+    implementation: str | None,
+    *,
+    dropped: bool,
+) -> tuple[Sharing, list[Choice]]:
+    """As `choose` for each of several products of one `x`, and what these share. **Raises:** as `choose` does."""
+    choices = [_chosen(spec, size, x, w, implementation, dropped, "") for size, w in zip(sizes, ws, strict=True)]
+    first, why = choices[0], ""
+    if any(choice.implementation != first.implementation for choice in choices):
+        how, why = Sharing.APART, "they don't run on the same implementation"
+    elif len({choice.matrices and (choice.matrices.inner, choice.matrices.outer) for choice in choices}) > 1:
+        how, why = Sharing.APART, "a kernel of one column is one of another shape"
+    elif first.implementation == "xla":
+        how = Sharing.BY_XLA
+    else:
+        why = _why_in_turn(first.implementation, [choice.matrices for choice in choices], x)
+        how = Sharing.IN_TURN if why else Sharing.TOGETHER
+    text = how.value.format(count=len(ws), why=why)
+    return how, [record(replace(choice, group=text)) for choice in choices]
+
+
+def _why_in_turn(name: str, products: Sequence[Matrices | None], x: Any) -> str:
+    module = group_kernels(name)
+    if module is None:
+        return f"{name} has no kernels for several"
+    (m, k, _, _), *_ = sizes = [product.mknr for product in products if product is not None]
+    return module.unsupported(m, k, [n for _, _, n, _ in sizes], [r for *_, r in sizes], x.dtype) or ""
+
+
+def _chosen(
+    spec: Contraction,
+    sizes: Mapping[Any, int],
+    x: Any,
+    w: Any,
+    implementation: str | None,
+    dropped: bool,
+    name: str,
+) -> Choice:
     check_implementation(implementation)
     matrices = as_matrices(spec, sizes)
     reasons: dict[str, str] = {}
@@ -108,11 +166,11 @@ def choose(
                 reasons[each] = why
     if chosen is None:
         mknr = matrices.mknr if isinstance(matrices, Matrices) else None
-        return record(Choice("xla", reasons, name=name, sizes=mknr))
+        return Choice("xla", reasons, name=name, sizes=mknr)
     assert isinstance(matrices, Matrices)
     measured = _measured(chosen, matrices, dropped) if implementation is None else None
     why = measured[1] if measured else f"{chosen} can run and comes first"
-    return record(Choice(chosen, {"xla": why, **reasons}, matrices, name, matrices.mknr))
+    return Choice(chosen, {"xla": why, **reasons}, matrices, name, sizes=matrices.mknr)
 
 
 def only_xla(what: str, implementation: str | None, name: str) -> None:

@@ -13,7 +13,16 @@ A family is a module with these functions, on matrices of one dtype, with the sc
     Wants(x, a, b)
     stages(m, k, n, rank, dtype, threshold) -> what of it `tune` can tune, as `lora_jax.kernels.stage.Stage`s (optional)
 
-`h` may come back with as few as M rows. Modules are imported when they are first needed: Pallas takes its time.
+`h` may come back with as few as M rows.
+
+A family may have a second module for several products that share `x` and its mask, of weights (K, N):
+
+    unsupported(m, k, ns, ranks, dtype) -> why it can't take together what it can compute one by one, or None
+    h_layout(ranks) -> (whether the `h` of all is (R', M') and not (M', R'), the R' of each, one after the other)
+    forward(x, ws, a_s, b_s, drop, biases=) -> (ys, h)
+    backward(dys, x, ws, a_s, b_s, h, drop, wants=) -> (dx, das, dbs); `wants` is for any of them
+
+Modules are imported when they are first needed: Pallas takes its time.
 """
 
 from __future__ import annotations
@@ -33,10 +42,13 @@ class Family:
     needs: str
     # Least and greatest compute capability; None where the platform alone decides.
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None
+    group: str | None = None  # the module for several products
 
     def load(self) -> ModuleType | str:
-        """The module, or why it can't be imported."""
+        """The modules' first, or why they can't be imported."""
         try:
+            if self.group is not None:
+                importlib.import_module(self.group)
             return importlib.import_module(self.module)
         except ImportError as error:
             return f"its kernels can't be imported: {error}"
@@ -45,7 +57,13 @@ class Family:
 # The first that nothing speaks against is taken.
 # Tests put a family of reference kernels here, under a name of its own or in the place of one of these.
 FAMILIES: dict[str, Family] = {
-    "mosaic_gpu": Family("lora_jax.kernels.mosaic_lora", ("cuda",), "a Hopper GPU (H100, H200)", ((9, 0), (9, 0))),
+    "mosaic_gpu": Family(
+        "lora_jax.kernels.mosaic_lora",
+        ("cuda",),
+        "a Hopper GPU (H100, H200)",
+        ((9, 0), (9, 0)),
+        group="lora_jax.kernels.mosaic_group",
+    ),
     "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere, Ada or Hopper GPU", ((8, 0), (9, 0))),
 }
 
@@ -54,3 +72,9 @@ def kernels(name: str) -> Any:
     module = FAMILIES[name].load()
     assert not isinstance(module, str), module
     return module
+
+
+def group_kernels(name: str) -> Any:
+    """The module for several products, or None."""
+    group = FAMILIES[name].group
+    return None if group is None else importlib.import_module(group)

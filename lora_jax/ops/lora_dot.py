@@ -56,9 +56,10 @@ def lora_dot(
     >>> lora_dot(jnp.ones((2, 3)), jnp.eye(3), jnp.zeros((3, 1)), jnp.zeros((1, 3))).shape
     (2, 3)
     """
-    spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(f"`bias` has shape {bias.shape}; expected {kernel.shape[1:]}, of kernel {kernel.shape}.")
+    spec = described(
+        x, kernel, a, b, bias,
+        dropout_rate=dropout_rate, precision=precision, preferred_element_type=preferred_element_type,
+    )  # fmt: skip
     return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation, bias=bias)
 
 
@@ -87,20 +88,27 @@ def explain(
       not mosaic_gpu: needs a Hopper GPU (H100, H200); the platform here is cpu
       not triton: needs an Ampere, Ada or Hopper GPU; the platform here is cpu
     """
-    spec = _described(x, kernel, a, b, dropout_rate, precision, preferred_element_type)
+    spec = described(
+        x, kernel, a, b,
+        dropout_rate=dropout_rate, precision=precision, preferred_element_type=preferred_element_type,
+    )  # fmt: skip
     sizes = axis_sizes((spec.x, x.shape), (spec.w, kernel.shape), (spec.first, a.shape))
     return choose(spec, sizes, x, kernel, implementation, dropped=dropout_rate > 0)
 
 
-def _described(
-    x: Any, kernel: Any, a: Any, b: Any, dropout_rate: float, precision: Any, preferred_element_type: Any
-) -> Contraction:
+def described(
+    x: Any, kernel: Any, a: Any, b: Any, bias: Any = None, *,
+    dropout_rate: float, precision: Any, preferred_element_type: Any,
+) -> Contraction:  # fmt: skip
+    """The product by the names of its axes, where the operands go together. **Raises:** as `lora_dot`."""
     k, n = kernel.shape
     if x.shape[-1] != k or a.shape[0] != k or b.shape != (a.shape[1], n):
         raise ValueError(
             f"shapes disagree: x {x.shape}, kernel {kernel.shape}, a {a.shape}, b {b.shape}; expected "
             f"x (..., {k}), a ({k}, rank), b (rank, {n})."
         )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"`bias` has shape {bias.shape}; expected ({n},), of kernel {kernel.shape}.")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"`dropout_rate={dropout_rate}` must be in [0, 1).")
     if dropout_rate:

@@ -1,13 +1,15 @@
 """`y = x·W + s·(drop(x)·A)·B (+ bias)` over named axes, with its own derivative.
 
 Every adapted matrix product of a model ends here, whatever its axes: plain, batched, with heads, with the weight
-first, or against a transposed weight. Names replace positions. One `custom_vjp` serves every implementation: XLA's five
-contractions (`plain`) and the fused kernels (`fused`) take the same operands and keep the same residuals.
+first, or against a transposed weight. Names replace positions. One `custom_vjp` serves every implementation: XLA's
+contractions (`plain`) and the fused kernels (`fused`) take the same operands and keep the same residuals. It is one of
+several products with one `x`; a lone product is a group of one.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import _compat
-from lora_jax.ops import plain
-from lora_jax.ops.choice import choose
+from lora_jax.ops import fused_devices, plain
+from lora_jax.ops.choice import Choice, Sharing, choose, choose_group
 from lora_jax.ops.contract import Axes, reorder
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import seed_words
 from lora_jax.ops.fused import Fused
 from lora_jax.ops.matrices import axis_sizes
 from lora_jax.ops.plain import Wants
+
+# What `jax.checkpoint_policies` know `x·first` by, which is thin and takes a pass over `x` to compute.
+SAVED = "lora_h"
 
 
 def low_rank_contract(
@@ -56,19 +62,68 @@ def low_rank_contract(
     **Raises:** `ValueError` for an unknown `implementation`, or one that can't run, with the reason; `TypeError` in
     forward mode.
     """
-    sizes = axis_sizes((spec.x, x.shape), (spec.w, w.shape), (spec.first, first.shape), (spec.second, second.shape))
+    sizes = _sizes(spec, x, w, first, second)
+    dropped = key is not None and spec.dropout_rate > 0
+    choices = [choose(spec, sizes, x, w, implementation, dropped=dropped, name=name)]
+    return _run(spec, choices, Sharing.IN_TURN, x, [w], [first], [second], [scale], [bias], key)[0]
+
+
+def low_rank_group(
+    spec: Contraction,
+    x: jax.Array,
+    ws: Sequence[jax.Array],
+    firsts: Sequence[jax.Array],
+    seconds: Sequence[jax.Array],
+    scales: Sequence[float | jax.Array],
+    biases: Sequence[jax.Array | None],
+    key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> list[jax.Array]:
+    """`low_rank_contract` for several weights and one `x`, all of them with the axes that `spec` says.
+
+    The lengths of the rank and of the axes that a weight keeps may differ. `x` is read once for `x·first` of all, and
+    once for the gradients of all `first`; its own gradient is the sum over all in float32, rounded once (by XLA after
+    its products are). One mask serves all.
+
+    **Raises:** as `low_rank_contract`.
+    """
+    sizes = [_sizes(spec, x, *each) for each in zip(ws, firsts, seconds, strict=True)]
+    dropped = key is not None and spec.dropout_rate > 0
+    how, choices = choose_group(spec, sizes, x, ws, implementation, dropped=dropped)
+    if how is not Sharing.APART:
+        return _run(spec, choices, how, x, ws, firsts, seconds, scales, biases, key)
+    return [
+        _run(spec, [choice], how, x, [w], [first], [second], [scale], [bias], key)[0]
+        for choice, w, first, second, scale, bias in zip(choices, ws, firsts, seconds, scales, biases, strict=True)
+    ]
+
+
+def _run(
+    spec: Contraction,
+    choices: Sequence[Choice],
+    how: Sharing,
+    x: jax.Array,
+    ws: Sequence[jax.Array],
+    firsts: Sequence[jax.Array],
+    seconds: Sequence[jax.Array],
+    scales: Sequence[float | jax.Array],
+    biases: Sequence[jax.Array | None],
+    key: jax.Array | None,
+) -> list[jax.Array]:
     seed = None if key is None or spec.dropout_rate == 0 else seed_words(key)
-    choice = choose(spec, sizes, x, w, implementation, dropped=seed is not None, name=name)
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
     # A number stays one of numpy's: as an array of jax it would be an operation of its own at every site.
-    factor = scale if isinstance(scale, jax.Array) else np.asarray(scale)
-    operands = _compat.vary_alike(x, w, first, second, factor.astype(wide(x.dtype)), bias)
+    factors = [scale if isinstance(scale, jax.Array) else np.asarray(scale) for scale in scales]
+    leaves, tree = jax.tree.flatten(
+        (x, list(ws), list(firsts), list(seconds), [f.astype(wide(x.dtype)) for f in factors], list(biases))
+    )
+    operands = tree.unflatten(_compat.vary_alike(*leaves))
     spec = replace(spec, x_sharding=_compat.explicit_sharding(x))
     fused = None
-    if choice.implementation != "xla":
-        assert choice.matrices is not None
+    if choices[0].implementation != "xla":
+        matrices = tuple(choice.matrices for choice in choices if choice.matrices is not None)
         rate = 0.0 if seed is None else spec.dropout_rate
-        fused = Fused(choice.implementation, choice.matrices, rate, x.dtype)
+        fused = Fused(choices[0].implementation, matrices, rate, x.dtype, together=how is Sharing.TOGETHER)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
     try:
         return _traced_once(_Product(spec, fused), *operands, seed)
@@ -82,6 +137,10 @@ def low_rank_contract(
         ) from error
 
 
+def _sizes(spec: Contraction, x: Any, w: Any, first: Any, second: Any) -> dict[Hashable, int]:
+    return axis_sizes((spec.x, x.shape), (spec.w, w.shape), (spec.first, first.shape), (spec.second, second.shape))
+
+
 def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array:
     """`scale * second`, multiplied in float32 (float64 for float64) and rounded once to `dtype`."""
     up = wide(dtype)
@@ -90,59 +149,69 @@ def scaled(second: jax.Array, scale: float | jax.Array, dtype: Any) -> jax.Array
 
 @dataclass(frozen=True)
 class _Product:
-    """A contraction and what computes it."""
+    """Contractions of one `x`, alike but for their lengths, and what computes them."""
 
     spec: Contraction
     fused: Fused | None
 
-    def forward(self, x: Any, w: Any, first: Any, up: Any, bias: Any, seed: Any) -> tuple[jax.Array, jax.Array]:
-        """`(y, h)`: the result and what the way back needs."""
+    def forward(self, x: Any, ws: Any, firsts: Any, ups: Any, biases: Any, seed: Any) -> tuple[list[Any], list[Any]]:
+        """`(ys, hs)`: the results and what the way back needs."""
         spec, fused = self.spec, self.fused
         if fused is None:
-            return plain.forward(spec, x, w, first, up, seed, bias=bias)
-        m = fused.matrices
-        if bias is not None:
-            bias = _order(bias if bias.dtype == x.dtype else bias.astype(wide(x.dtype)), spec.bias, m.outer)
-        y, h = fused.forward(_short(x), _short(w), *self._factors(first, up), bias, seed)
-        y = reorder(y, fused.y, (*m.outer, *m.rows)) if m.flipped else y
-        return y.reshape(_shape(spec.y, (spec.x, x), (spec.w, w))), h
+            return plain.forward(spec, x, ws, firsts, ups, seed, biases=biases)
+        m = fused.one
+        flat = [
+            None if b is None else _order(b if b.dtype == x.dtype else b.astype(wide(x.dtype)), spec.bias, m.outer)
+            for b in biases
+        ]
+        ys, hs = fused_devices.forward(
+            fused, _short(x), [_short(w) for w in ws], *self._factors(firsts, ups), flat, seed
+        )
+        if m.flipped:
+            ys = [reorder(y, fused.y, (*m.outer, *m.rows)) for y in ys]
+        shapes = [_shape(spec.y, (spec.x, x), (spec.w, w)) for w in ws]
+        return [y.reshape(shape) for y, shape in zip(ys, shapes, strict=True)], hs
 
     def backward(
-        self, dy: Any, x: Any, w: Any, first: Any, up: Any, h: Any, seed: Any, wants: Wants
+        self, dys: Any, x: Any, ws: Any, firsts: Any, ups: Any, hs: Any, seed: Any, wants: Wants
     ) -> tuple[Any, Any, Any]:
-        """Gradients of `x`, `first` and `up`, the last two in the wide dtype."""
+        """Gradients of `x`, of each `first` and each `up`, the last two in the wide dtype."""
         spec, fused = self.spec, self.fused
         if fused is None:
-            return plain.backward(spec, dy, x, w, first, up, h, seed, wants)
-        a, b = self._factors(first, up)
-        dx, da, db = fused.backward(_order(dy, spec.y, fused.y), _short(x), _short(w), a, b, h, seed, wants)
-        inner, outer = fused.matrices.inner, fused.matrices.outer
-        if dx is not None:
-            dx = _laid_out(dx.reshape(_shape(spec.x, (spec.y, dy), (spec.w, w))), spec.x_sharding)
-        if da is not None:
-            da = self._unfold(da, (*inner, *fused.matrices.rank), spec.first, first)
-            da = _laid_out(da, plain.gradient_sharding(first, dy))
-        if db is not None:
-            db = self._unfold(db, (*fused.matrices.rank, *outer), spec.second, up)
-            db = _laid_out(db, plain.gradient_sharding(up, dy))
-        return dx, da, db
-
-    def _factors(self, first: Any, up: Any) -> tuple[jax.Array, jax.Array]:
-        """(*inner, R) and (R, *outer), thin copies."""
-        assert self.fused is not None
-        m = self.fused.matrices
-        a, b = _order(first, self.spec.first, (*m.inner, *m.rank)), _order(up, self.spec.second, (*m.rank, *m.outer))
-        return (
-            a.reshape(*m.shape(m.inner), m.rank_size).astype(self.fused.dtype),
-            b.reshape(m.rank_size, *m.shape(m.outer)),
+            return plain.backward(spec, dys, x, ws, firsts, ups, hs, seed, wants)
+        a_s, b_s = self._factors(firsts, ups)
+        outs = [_order(dy, spec.y, fused.y) for dy in dys]
+        dx, das, dbs = fused_devices.backward(
+            fused, outs, _short(x), [_short(w) for w in ws], a_s, b_s, hs, seed, wants
         )
+        m = fused.one
+        if dx is not None:
+            dx = _laid_out(dx.reshape(x.shape), spec.x_sharding)
+        if das is not None:
+            das = self._unfold(das, (*m.inner, *m.rank), spec.first, firsts, dys[0])
+        if dbs is not None:
+            dbs = self._unfold(dbs, (*m.rank, *m.outer), spec.second, ups, dys[0])
+        return dx, das, dbs
 
-    def _unfold(self, gradient: jax.Array, axes: Axes, to: Axes, like: Any) -> jax.Array:
-        """From (*inner, R) or (R, *outer) to the factor's own axes."""
-        sizes = axis_sizes((to, like.shape))
-        order = tuple(name for name in to if name in axes)
-        gradient = gradient.reshape([sizes[name] for name in axes])
-        return reorder(gradient, axes, order).reshape(like.shape)
+    def _factors(self, firsts: Any, ups: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Each (*inner, R) and each (R, *outer), thin copies."""
+        spec, fused = self.spec, self.fused
+        assert fused is not None
+        a_s, b_s = [], []
+        for first, up, m in zip(firsts, ups, fused.matrices, strict=True):
+            a, b = _order(first, spec.first, (*m.inner, *m.rank)), _order(up, spec.second, (*m.rank, *m.outer))
+            a_s.append(a.reshape(*m.shape(m.inner), m.rank_size).astype(fused.dtype))
+            b_s.append(b.reshape(m.rank_size, *m.shape(m.outer)))
+        return a_s, b_s
+
+    def _unfold(self, gradients: Any, axes: Axes, to: Axes, factors: Any, dy: Any) -> list[jax.Array]:
+        """From (*inner, R) or (R, *outer) to each factor's own axes."""
+        order, found = tuple(name for name in to if name in axes), []
+        for gradient, like in zip(gradients, factors, strict=True):
+            sizes = axis_sizes((to, like.shape))
+            gradient = reorder(gradient.reshape([sizes[name] for name in axes]), axes, order).reshape(like.shape)
+            found.append(_laid_out(gradient, plain.gradient_sharding(like, dy)))
+        return found
 
 
 def _laid_out(x: jax.Array, sharding: Any) -> jax.Array:
@@ -166,42 +235,56 @@ def _shape(axes: Axes, *operands: tuple[Axes, Any]) -> tuple[int, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _low_rank(product, x, w, first, second, scale, bias, seed):
-    return product.forward(x, w, first, scaled(second, scale, compute_dtype(x)), bias, seed)[0]
+def _low_rank(product, x, ws, firsts, seconds, scales, biases, seed):
+    return product.forward(x, ws, firsts, _ups(seconds, scales, x), biases, seed)[0]
 
 
-def _fwd(product, x, w, first, second, scale, bias, seed):
-    up = scaled(second.value, scale.value, compute_dtype(x.value))
-    of_bias = bias is not None and bias.perturbed
-    bias, seed = (None if v is None else v.value for v in (bias, seed))
-    y, h = product.forward(x.value, w.value, first.value, up, bias, seed)
+def _ups(seconds, scales, x):
+    return [scaled(second, scale, compute_dtype(x)) for second, scale in zip(seconds, scales, strict=True)]
+
+
+def _fwd(product, *operands):
+    x, ws, firsts, seconds, scales, biases, seed = jax.tree.map(lambda operand: operand.value, operands)
+    ys, hs = product.forward(x, ws, firsts, _ups(seconds, scales, x), biases, seed)
+    hs = [checkpoint_name(h, SAVED) for h in hs]
     # Which gradients are wanted, and x's dtype, told by a shape and not by structure or by leaving residuals out: JAX
     # keeps one structure for an equation, that of the last time it was differentiated, by whichever arguments.
-    wanted = (x.perturbed, w.perturbed, first.perturbed, second.perturbed or scale.perturbed, of_bias)
-    flags = jnp.zeros(tuple(map(int, wanted)), x.value.dtype)
-    return y, (x.value, w.value, first.value, second.value, scale.value, bias, seed, h, flags)
+    of_x, of_ws, of_firsts, of_seconds, of_scales, of_biases, _ = jax.tree.map(
+        lambda operand: operand.perturbed, operands
+    )
+    wanted = (of_x, any(of_firsts), any(of_seconds) or any(of_scales), *of_ws, *(bool(of) for of in of_biases))
+    flags = jnp.zeros(tuple(map(int, wanted)), x.dtype)
+    return ys, (x, ws, firsts, seconds, scales, biases, seed, hs, flags)
 
 
-def _bwd(product, saved, dy):
-    x, w, first, second, scale, bias, seed, h, flags = saved
-    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+def _bwd(product, saved, dys):
+    x, ws, firsts, seconds, scales, biases, seed, hs, flags = saved
+    zero = jax.custom_derivatives.SymbolicZero
+    if all(isinstance(dy, zero) for dy in dys):
         return None, None, None, None, None, None, None
-    of_x, of_w, of_first, of_second, of_bias = map(bool, flags.shape)
-    wants = Wants(of_x, of_first, of_second)
-    up = scaled(second, scale, compute_dtype(x))
-    dx = dw = dfirst = dsecond = dscale = dbias = None
+    dys = [_compat.zeros_of(dy.aval) if isinstance(dy, zero) else dy for dy in dys]
+    of_x, of_a, of_b, *of_each = map(bool, flags.shape)
+    of_ws, of_biases = of_each[: len(ws)], of_each[len(ws) :]
+    wants = Wants(of_x, of_a, of_b)
+    nothing = [None] * len(ws)
+    dx, dfirsts, dseconds, dscales = None, nothing, nothing, nothing
     if any(wants):
-        dx, dfirst, dup = product.backward(dy, x, w, first, up, h, seed, wants)
-        if dfirst is not None:
-            dfirst = dfirst.astype(first.dtype)
-        if dup is not None:
-            dsecond = (dup * scale.astype(dup.dtype)).astype(second.dtype)
-            dscale = (dup * second.astype(dup.dtype)).sum().astype(scale.dtype)
-    if of_w:
-        dw = plain.weight_gradient(product.spec, x, w, dy)
-    if of_bias:
-        dbias = _laid_out(plain.bias_gradient(product.spec, bias, dy), plain.gradient_sharding(bias, dy))
-    return dx, dw, dfirst, dsecond, dscale, dbias, None
+        dx, das, dups = product.backward(dys, x, ws, firsts, _ups(seconds, scales, x), hs, seed, wants)
+        if das is not None:
+            dfirsts = [da.astype(first.dtype) for da, first in zip(das, firsts, strict=True)]
+        if dups is not None:
+            each = list(zip(dups, seconds, scales, strict=True))
+            dseconds = [(dup * scale.astype(dup.dtype)).astype(second.dtype) for dup, second, scale in each]
+            dscales = [(dup * second.astype(dup.dtype)).sum().astype(scale.dtype) for dup, second, scale in each]
+    dws = [
+        plain.weight_gradient(product.spec, x, w, dy) if of_w else None
+        for w, dy, of_w in zip(ws, dys, of_ws, strict=True)
+    ]
+    dbiases = [
+        _laid_out(plain.bias_gradient(product.spec, bias, dy), plain.gradient_sharding(bias, dy)) if of_bias else None
+        for bias, dy, of_bias in zip(biases, dys, of_biases, strict=True)
+    ]
+    return dx, dws, dfirsts, dseconds, dscales, dbiases, None
 
 
 _low_rank.defvjp(_fwd, _bwd, symbolic_zeros=True)

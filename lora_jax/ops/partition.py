@@ -12,7 +12,7 @@ mesh in scope:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from jax.sharding import NamedSharding
 
 from lora_jax import _compat
 from lora_jax.ops.contract import Axes
-from lora_jax.ops.matrices import Matrices
 from lora_jax.ops.split import NOT_SPLIT, Split, split_of
 
 
@@ -29,22 +28,25 @@ def split_over_devices(
     local: Callable[..., tuple[jax.Array, ...]],
     by_xla: Callable[..., tuple[jax.Array, ...]],
     anywhere: Callable[[Any, Any], Any],
-    matrices: Matrices,
     axes: Sequence[Axes],
     out_axes: Sequence[Axes],
     *,
+    size: Mapping[Hashable, int],
+    rows: Axes,
     wishes: Sequence[int],
     summed: Axes,
+    alike: Sequence[Axes] = (),
 ) -> Callable[..., Sequence[jax.Array]]:
     """A function of whole operands of axes `axes` from `local(split, *parts)`.
 
     `by_xla`: the same without kernels. `anywhere(kernels, xla)` makes one function of both.
-    `wishes`: which operands decide on the split, the first with its rows only. `summed`: axes of no result.
+    `wishes`: which operands decide on the split, the first with its `rows` only. `summed`: axes of no result. `size`,
+    `alike`: see `split_of`; axes without a size are not split.
     """
 
     def wanted(specs: Sequence[Any]) -> list[tuple[Axes, Any]]:
-        rows = [(tuple(n if n in matrices.rows else None for n in axes[i]), specs[i]) for i in wishes[:1]]
-        return [*rows, *((axes[i], specs[i]) for i in wishes[1:])]
+        first = [(tuple(n if n in rows else None for n in axes[i]), specs[i]) for i in wishes[:1]]
+        return [*first, *((axes[i], specs[i]) for i in wishes[1:])]
 
     def run(*operands: Any) -> Sequence[jax.Array]:
         kinds = set(_compat.mesh_axis_kinds(operands[0]))
@@ -59,7 +61,8 @@ def split_over_devices(
 
     def _explicit(operands: Sequence[Any]) -> Sequence[jax.Array]:
         mesh = jax.typeof(operands[0]).sharding.mesh
-        split = split_of(matrices, mesh.shape, *wanted([jax.typeof(x).sharding.spec for x in operands]))
+        specs = [jax.typeof(x).sharding.spec for x in operands]
+        split = split_of(size, mesh.shape, *wanted(specs), alike=alike)
         ins, outs = (tuple(split.spec(a) for a in group) for group in (axes, out_axes))
         parts = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, ins, strict=True)]
         body = jax.shard_map(functools.partial(both, split), mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
@@ -75,11 +78,11 @@ def split_over_devices(
                     "a fused LoRA product over several devices needs shardings with named mesh axes, and got "
                     f'{shardings[0]}. Use `jax.NamedSharding`, or implementation="xla".'
                 )
-            split = split_of(matrices, mesh.shape, *wanted([s.spec for s in shardings]))
+            split = split_of(size, mesh.shape, *wanted([s.spec for s in shardings]), alike=alike)
             ins, outs = (tuple(NamedSharding(mesh, split.spec(a)) for a in group) for group in (axes, out_axes))
             return mesh, functools.partial(local, split), outs, ins
 
-        rule, kept = _rule(axes, out_axes)
+        rule, kept = _rule(axes, out_axes, size)
         call.def_partition(
             partition, sharding_rule=rule, need_replication_factors=kept,
             reduction_factors=tuple(f for name, f in _factors(axes).items() if name in summed),
@@ -95,8 +98,8 @@ def _factors(axes: Sequence[Axes]) -> dict[Any, str]:
     return {name: f"f{i}" for i, name in enumerate(names)}
 
 
-def _rule(axes: Sequence[Axes], out_axes: Sequence[Axes]) -> tuple[str, tuple[str, ...]]:
+def _rule(axes: Sequence[Axes], out_axes: Sequence[Axes], size: Mapping[Hashable, int]) -> tuple[str, tuple[str, ...]]:
     """The sharding rule in Shardy's notation, and the factors that may not be split, in the order of the rule."""
     factor = _factors((*axes, *out_axes))
     ins, outs = (", ".join(" ".join(factor[n] for n in group) for group in groups) for groups in (axes, out_axes))
-    return f"{ins} -> {outs}", tuple(f for name, f in factor.items() if name in ("rank", "thin", "seed"))
+    return f"{ins} -> {outs}", tuple(f for name, f in factor.items() if name not in size)

@@ -17,7 +17,6 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.ops.contract import Axes
-from lora_jax.ops.matrices import Matrices
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Split:
         return PartitionSpec(*(self.over.get(name) for name in axes))
 
     def mesh_axes(self, axes: Axes) -> tuple[str, ...]:
-        return tuple(over for name in axes for over in self.over.get(name, ()))
+        # Axes that are split alike name the same ones.
+        return tuple(dict.fromkeys(over for name in axes for over in self.over.get(name, ())))
 
     def add(self, x: jax.Array, axes: Axes) -> jax.Array:
         """The sum over the devices that hold other parts of `axes`."""
@@ -56,19 +56,27 @@ class Split:
 NOT_SPLIT = Split({}, {})
 
 
-def split_of(matrices: Matrices, mesh: Mapping[str, int], *wishes: tuple[Axes, Any]) -> Split:
+def split_of(
+    size: Mapping[Hashable, int], mesh: Mapping[str, int], *wishes: tuple[Axes, Any], alike: Sequence[Axes] = ()
+) -> Split:
     """The split that moves least, of operands whose `(axes, spec)` are `wishes`, first come first served.
 
     An axis of the mesh is used once: a weight split over the mesh axis that splits the rows is gathered, as under fully
-    sharded data parallelism. Parts must be of equal size.
+    sharded data parallelism. Parts must be of equal size. `size`: of each axis that may be split; `alike`: of those
+    that are in no operand together, which are split over the same axes of the mesh or not at all.
     """
-    size, over, parts, used = matrices.size, {}, {}, set()
+    over, parts, used = {}, {}, set()
+    siblings = {name: names for names in alike for name in names}
     for axes, spec in wishes:
         for name, entry in zip(axes, spec, strict=False):
             wanted = (entry,) if isinstance(entry, str) else tuple(entry or ())
             wanted = tuple(axis for axis in wanted if mesh[axis] > 1)
             count = math.prod(mesh[axis] for axis in wanted)
-            if name in size and wanted and name not in over and not used & {*wanted} and size[name] % count == 0:
-                over[name], parts[name] = wanted, count
+            every = siblings.get(name, (name,))
+            if not wanted or name not in size or name in over or used & {*wanted}:
+                continue
+            if all(size[each] % count == 0 for each in every):
+                over |= dict.fromkeys(every, wanted)
+                parts |= dict.fromkeys(every, count)
                 used |= {*wanted}
     return Split(over, parts)

@@ -54,9 +54,10 @@ def test_factor_gradients_by_differences():
 
 def test_lora_dot_gradients_by_differences():
     rng = np.random.default_rng(0)
-    args = {n: rng.standard_normal(s) for n, s in dict(x=(3, 2, 4), w=(4, 5), a=(4, 2), b=(2, 5)).items()}
+    shapes = dict(x=(3, 2, 4), w=(4, 5), a=(4, 2), b=(2, 5), bias=(5,))
+    args = {n: rng.standard_normal(s) for n, s in shapes.items()}
     mask, dy = rng.integers(0, 2, (3, 2, 4)) * 1.25, rng.standard_normal((3, 2, 5))
-    gradients = reference.lora_dot_gradients(*args.values(), 0.7, dy, mask)
+    gradients = reference.lora_dot_gradients(*(args[n] for n in "xwab"), 0.7, dy, mask)
     for name, values in args.items():
         exact, size = gradients[name]
         assert exact.shape == size.shape == values.shape and np.all(size >= abs(exact) - 1e-12)
@@ -65,7 +66,8 @@ def test_lora_dot_gradients_by_differences():
             for h in (1e-6, -1e-6):
                 moved = values.copy()
                 moved[index] += h
-                y, _ = reference.lora_dot(*{**args, name: moved}.values(), 0.7, mask)
+                x, w, a, b, bias = {**args, name: moved}.values()
+                y, _ = reference.lora_dot(x, w, a, b, 0.7, mask, bias)
                 totals.append((y * dy).sum())
             assert abs((totals[0] - totals[1]) / 2e-6 - exact[index]) < 1e-7
 

@@ -95,3 +95,55 @@ class Problem:
         if self.bias_dtype is not None and "y" in got:
             for times in (0, 2):
                 assert reference.excess(self.answers(biases=times)["y"][0], *answers["y"]) > 1, f"bias {times} times"
+
+
+@dataclass(frozen=True)
+class GroupProblem:
+    """Several linear layers that share `x` and its mask; all but the first with a float32 bias."""
+
+    m: int
+    k: int
+    ns: tuple[int, ...]
+    ranks: tuple[int, ...]
+    dtype: Any = BF16
+    threshold: int = 0
+
+    def operands(self) -> tuple[np.ndarray, list[Any], list[Any], list[Any], list[Any], list[Any]]:
+        """`x`, and of each layer `w`, `a`, `b`, `bias` and `dy`."""
+        small = {"dtype": self.dtype, "spread": self.k**-0.5}
+        ws, a_s, b_s, biases, dys = [], [], [], [], []
+        for i, (n, r) in enumerate(zip(self.ns, self.ranks, strict=True)):
+            ws.append(normal(self.k, n, seed=10 + i, **small))
+            a_s.append(normal(self.k, r, seed=20 + i, **small))
+            b_s.append(normal(r, n, dtype=self.dtype, seed=30 + i))
+            biases.append(normal(n, dtype=np.float32, seed=40 + i) if i else None)
+            dys.append(normal(self.m, n, dtype=self.dtype, seed=50 + i))
+        return normal(self.m, self.k, dtype=self.dtype, seed=5), ws, a_s, b_s, biases, dys
+
+    def answers(self, scale: float = 1.0, threshold: int | None = None, left_out: int | None = None) -> Any:
+        """`(of x, [of each layer y, a and b])`, with bounds; of a mistake, if the arguments say so."""
+        cut = self.threshold if threshold is None else threshold
+        x, *layers = self.operands()
+        drawn_mask = mask(x.shape, cut) if cut else None
+        each = [
+            reference.fused(x, w, a, b, dy, self.dtype, scale, drawn_mask, 0.0 if bias is None else bias)
+            for w, a, b, bias, dy in zip(*layers, strict=True)
+        ]
+        parts = [answers["x"] for i, answers in enumerate(each) if i != left_out]
+        return tuple(sum(part[i] for part in parts) for i in range(2)), each
+
+    def check(self, dx: Any, ys: Any, das: Any, dbs: Any) -> None:
+        """They are right, and what a bug might give is not."""
+        (want, bound), each = self.answers()
+        assert reference.excess(dx, want, bound) <= 1, "x"
+        mistakes = {"no adapter": {"scale": 0.0}, "half the scale": {"scale": 0.5}}
+        mistakes |= {f"without layer {i}": {"left_out": i} for i in range(len(self.ns))}
+        mistakes |= {"no mask": {"threshold": 0}} if self.threshold else {}
+        for name, options in mistakes.items():
+            (wrong, _), wrongs = self.answers(**options)
+            assert reference.excess(wrong, want, bound) > 1, name
+            for i, found in enumerate(zip("yab", (ys, das, dbs), strict=True) for _ in self.ns):
+                for letter, values in found:
+                    assert reference.excess(values[i], *each[i][letter]) <= 1, (letter, i)
+                    if "layer" not in name:
+                        assert reference.excess(wrongs[i][letter][0], *each[i][letter]) > 1, (letter, i, name)

@@ -99,7 +99,8 @@ def installed(name: str = "reference", platform: str = "cpu"):
     """Puts this family before all others, for one platform; yields the list of its calls."""
     before = dict(FAMILIES)
     FAMILIES.clear()
-    FAMILIES.update({name: Family(__name__, (platform,), f"a {platform}"), **before})
+    group = "tests.kernels.reference_group"
+    FAMILIES.update({name: Family(__name__, (platform,), f"a {platform}", group=group), **before})
     calls.clear()
     jax.clear_caches()  # what was traced before would not be traced, and counted, again
     try:

@@ -1,10 +1,12 @@
 """Every different kernel that the table of tiles asks for at the sizes of the benchmark, to lower or to compile.
 
 Different in tiles, in masking or in the layout of the weight; how often a sum is split only counts as split or whole.
+Those of groups that share `x` (query, key and value; gate and up) beside those of single products.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import mosaic, mosaic_adapted, tuned
-from lora_jax.kernels.gemm_config import in_ring
+from lora_jax.kernels import mosaic, mosaic_adapted, mosaic_group, tuned
+from lora_jax.kernels.gemm_config import in_ring, padded_rank
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
 
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (2048, 2048, 8192), (16384, 8192, 8192)]
+GROUPS = [(8192, 4096, (4096, 1024, 1024)), (8192, 4096, (14336, 14336))]
 RANKS = (16, 64, 128, 192, 256)  # as padded
 SMS, THRESHOLD = 132, 3277
 Shape = tuple[tuple[int, ...], Any]
@@ -42,6 +45,50 @@ def kernels(rank: int, dtype: Any = jnp.bfloat16) -> Iterator[Kernel]:
                 if key not in seen:
                     seen.add(key)
                     yield kernel
+    yield from _grouped(rank, dtype)
+
+
+def _grouped(rank: int, dtype: Any) -> Iterator[Kernel]:
+    """What of `mosaic_group` is no kernel of a single product's: several operands side by side, parts of a thin one."""
+    for m, k, ns in GROUPS:
+        ranks = (rank,) * len(ns)
+        if mosaic_group.unsupported(m, k, ns, ranks, dtype):
+            continue
+        rank_first, thins = mosaic_group.h_layout(ranks)
+        total, together, part, n = sum(thins), padded_rank(sum(ranks)), (thins[0], thins[1]), ns[1]
+        x, dys = ((m, k), dtype), tuple(((m, n), dtype) for n in ns)
+        h, g = ((total, m) if rank_first else (m, total), dtype), ((m, together), dtype)
+        words = f"R={rank} of {len(ns)}"
+
+        run: Any = functools.partial(down, config=tuned.down_config(m, k, total, SMS), by_rank=rank_first)
+        yield Kernel(f"down {words}", run, (x, ((total, k), dtype)))
+        run = _side_by_side(len(ns), down, config=tuned.down_config(m, sum(ns), together, SMS))
+        yield Kernel(f"down {words} side by side", run, (*dys, *(((together, n), dtype) for n in ns)))
+        run = functools.partial(gemm, config=tuned.gemm_config(m, k, n, part[1]), part=part)
+        yield Kernel(f"gemm {words}", run, (x, ((k, n), dtype), h, ((part[1], n), dtype)))
+        run = _of_one(outer, config=_split(tuned.outer_config(m, n, part[1], SMS)), part=part)
+        yield Kernel(f"outer {words}", run, (dys[1], h))
+        for masked in (False, True):
+            config = tuned.gemm_config(m, sum(ns), k, together, dropped=masked, transposed=True)
+            run = _side_by_side(len(ns), gemm, config=config, transposed=True, threshold=THRESHOLD)
+            operands = (*dys, *(((k, n), dtype) for n in ns), g, ((k, together), dtype))
+            name = f"gemm {words} side by side" + (" masked" if masked else "")
+            yield Kernel(name, run, (*operands, *([((4,), jnp.int32)] if masked else [])))
+
+
+def _of_one(kernel: Any, **options: Any) -> Any:
+    return lambda x, thin: kernel([(x, thin)], **options)
+
+
+def _side_by_side(count: int, kernel: Any, **options: Any) -> Any:
+    """A function of `count` left operands, as many right ones, and the rest; a fifth one is the seed."""
+
+    def run(*operands: Any) -> Any:
+        left, right, rest = operands[:count], operands[count : 2 * count], operands[2 * count :]
+        seed = {"seed": rest[2]} if len(rest) > 2 else {}
+        return kernel(left, right, *rest[:2], **options, **seed)
+
+    return run
 
 
 def _kernels(m: int, k: int, n: int, rank: int, dtype: Any) -> Iterator[tuple[Kernel, Any]]:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels import tuned, tuning_cache
+from lora_jax.kernels import mosaic_group, mosaic_lora, tuned, tuning_cache
 from lora_jax.ops import tune
 from lora_jax.ops.families import FAMILIES, kernels
-from tests.kernels.problems import BF16, F16, Problem, seed_words
+from tests.kernels.problems import BF16, F16, GroupProblem, Problem, seed_words
 
 THRESHOLD = 13107
 # Odd and aligned sizes, every class of ranks; few rows, where K is split.
@@ -77,6 +77,39 @@ def test_linear(family, problem):
     for name in first:
         assert np.array_equal(np.asarray(first[name], np.float32), np.asarray(second[name], np.float32)), name
     problem.check(first)
+
+
+GROUPS = [
+    GroupProblem(1001, 1000, (1111, 300, 999), (5, 9, 16), BF16, THRESHOLD),
+    GroupProblem(2048, 1024, (2048, 512, 512), (16, 16, 16)),
+    GroupProblem(256, 4096, (1024, 512), (8, 8), F16),  # few rows, where K is split
+    GroupProblem(1000, 2112, (1088, 448), (20, 64), F16, THRESHOLD),
+    GroupProblem(777, 1024, (640, 640), (128, 100), BF16, THRESHOLD),
+    GroupProblem(1024, 640, (512, 512, 512, 512), (64, 64, 64, 64)),
+]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def both_of_group(threshold, x, ws, a_s, b_s, biases, dys, seed):
+    drop = mosaic_lora.Drop(seed, threshold) if threshold else None
+    ys, h = mosaic_group.forward(x, ws, a_s, b_s, drop, biases=biases)
+    dx, das, dbs = mosaic_group.backward(dys, x, ws, a_s, b_s, h, drop)
+    return dx, ys, das, dbs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", GROUPS, ids=str)
+def test_group(problem):
+    """As one linear."""
+    operands = jax.tree.map(jnp.asarray, problem.operands())
+    seed = jnp.asarray(seed_words())
+    poisoned = both_of_group(problem.threshold, *jax.tree.map(lambda v: jnp.full_like(v, jnp.nan), operands), seed)
+    assert all(np.isnan(np.asarray(v, np.float32)).any() for v in jax.tree.leaves(poisoned))
+    del poisoned
+    first, second = (both_of_group(problem.threshold, *operands, seed) for _ in range(2))
+    for one, other in zip(*map(jax.tree.leaves, (first, second)), strict=True):
+        assert np.array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    problem.check(*first)
 
 
 @pytest.mark.gpu

@@ -12,14 +12,14 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lora_jax import reference
-from lora_jax.kernels import mosaic_lora
+from lora_jax.kernels import mosaic_group, mosaic_lora
 from lora_jax.kernels.gemm_config import GemmConfig, in_ring
 from lora_jax.kernels.mosaic_down import DownConfig, down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import OuterConfig, outer
 from lora_jax.kernels.mosaic_stages import stages
 from lora_jax.kernels.stage import excess
-from tests.kernels.problems import BF16, F16, Problem, mask, normal, seed_words
+from tests.kernels.problems import BF16, F16, GroupProblem, Problem, mask, normal, seed_words
 
 INTERPRET = plgpu.InterpretGPUParams()
 THRESHOLD = 26214  # 40 % dropped: a forgotten mask shows
@@ -149,11 +149,70 @@ def test_linear(problem):
     problem.check({"y": y, "x": dx, "a": da, "b": db})
 
 
+@pytest.mark.parametrize(
+    "shape, part, config, transposed",
+    [((48, 120), (32, 16), Gemm(), False), ((120, 192), (64, 128), Gemm(stages=3), True)],
+)
+def test_side_by_side(shape, part, config, transposed):
+    """Two products summed by one kernel, with a part of a thin operand that has room for more."""
+    widths = 192, 128
+    xs = tuple(normal(120, k, seed=i) for i, k in enumerate(widths))
+    ws = tuple(normal(k, 128, spread=k**-0.5, seed=i + 2) for i, k in enumerate(widths))
+    thin, tail = normal(*shape, seed=4), normal(part[1], 128, seed=5)
+    stored = tuple(w.T.copy() for w in ws) if transposed else ws
+    last = tail.T.copy() if transposed and in_ring(part[1]) else tail
+    got = gemm(xs, stored, thin, last, config, transposed=transposed, part=part, sms=2, interpret=INTERPRET)
+
+    x, w = (np.concatenate([np.asarray(v, np.float64) for v in vs], axis) for vs, axis in ((xs, 1), (ws, 0)))
+    every, tail = wide(thin if in_ring(part[1]) else thin.T, tail)
+    mine, others = every[:, part[0] : sum(part)], every[:, : part[1]]
+    mistakes = {"others' ranks": x @ w + others @ tail, "one product": x[:, :192] @ w[:192] + mine @ tail}
+    check(got, x @ w + mine @ tail, abs(x) @ abs(w) + abs(mine) @ abs(tail), sum(widths) + part[1], BF16, mistakes)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_down_side_by_side(splits):
+    """The last operand ends within a step of the walk."""
+    xs = normal(72, 320), normal(72, 192, seed=1)
+    factors = tuple(normal(64, x.shape[1], spread=0.05, seed=2) for x in xs)
+    config = DownConfig(stages=4, depth=128, splits=splits)
+    got = np.asarray(down(xs, factors, config, by_rank=True, interpret=INTERPRET))
+    assert got.shape == (64, 128) and not got[:, 72:].any()
+    x, a = (np.concatenate([np.asarray(v, np.float64) for v in vs], 1) for vs in (xs, factors))
+    mistakes = {"one alone": x[:, :320] @ a[:, :320].T, "the other": x[:, 320:] @ a[:, 320:].T}
+    check(got[:, :72].T, x @ a.T, abs(x) @ abs(a).T, 512, BF16, mistakes)
+
+
+def test_outer_of_a_part():
+    x, g = normal(128, 128), normal(48, 128, seed=1)
+    (got,) = outer([(x, g)], OuterConfig(stages=4, splits=1), part=(16, 16), interpret=INTERPRET)
+    x, g = wide(x, g)
+    mistakes = {"others' ranks": x.T @ g[:16].T}
+    check(got, x.T @ g[16:32].T, abs(x).T @ abs(g[16:32]).T, 128, np.float32, mistakes)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        GroupProblem(61, 318, (189, 128, 64), (5, 16, 9), threshold=THRESHOLD),
+        GroupProblem(64, 320, (320, 64), (20, 5)),
+    ],
+    ids=str,
+)
+def test_group(problem):
+    x, ws, a_s, b_s, biases, dys = jax.tree.map(jnp.asarray, problem.operands())
+    drop = mosaic_lora.Drop(jnp.asarray(seed_words()), THRESHOLD) if problem.threshold else None
+    options = {"sms": 2, "interpret": INTERPRET}
+    ys, h = mosaic_group.forward(x, ws, a_s, b_s, drop, biases=biases, **options)
+    dx, das, dbs = mosaic_group.backward(dys, x, ws, a_s, b_s, h, drop, **options)
+    problem.check(dx, ys, das, dbs)
+
+
 def test_what_tuning_expects_of_each_kernel():
     """The kernels meet the bounds of `lora-jax tune`; half of a tail, or of a sum without its first part, does not."""
     found = list(stages(64, 320, 320, 16, jnp.bfloat16, THRESHOLD, sms=2, interpret=INTERPRET))
-    assert [each.kernel.removeprefix("mosaic_") for each in found] == ["gemm", "gemm", *2 * ("down", "outer")]
-    for each in found[1:4]:  # with dropout
+    assert [each.kernel.removeprefix("mosaic_") for each in found] == ["gemm", "gemm", "down", "down", "outer"]
+    for each in (*found[1:3], found[4]):  # with dropout
         expected = each.expected(*each.operands)
         assert excess(each.run(each.candidates[0], *each.operands), expected.value, expected.bound) <= 1
         assert excess(expected.mistake, expected.value, expected.bound) > 1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.kernels import mosaic, mosaic_lora
+from lora_jax.kernels import mosaic, mosaic_group, mosaic_lora
 from tests.kernels import reference_kernels, shipped
 
 CALL = "custom_call @mosaic_gpu_v2"
@@ -81,3 +81,23 @@ def test_kernels_of_a_linear(device, rank, dropped, counts):
     assert text.count(CALL) == 1 + counts[1]
     # Nothing is multiplied or drawn outside of the kernels.
     assert "stablehlo.dot_general" not in text and "stablehlo.rng" not in text
+
+
+def test_a_group_is_four_kernels_forward_and_six_backward():
+    """Of three: one pass over `x` each way, one product for its gradient, and three of all else."""
+    m, k, ns, bf16 = 1000, 1024, (1024, 320, 260), jnp.bfloat16
+    x, seed = jax.ShapeDtypeStruct((m, k), bf16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    layers = [
+        [jax.ShapeDtypeStruct(shape, bf16) for shape in ((k, n), (k, 8), (8, n), (n,), (m, n))] for n in ns
+    ]  # fmt: skip
+    ws, a_s, b_s, biases, dys = map(list, zip(*layers, strict=True))
+
+    def forward(x, ws, a_s, b_s, biases, seed):
+        return mosaic_group.forward(x, ws, a_s, b_s, mosaic_lora.Drop(seed, 3277), biases=biases)
+
+    def backward(dys, x, ws, a_s, b_s, h, seed):
+        return mosaic_group.backward(dys, x, ws, a_s, b_s, h, mosaic_lora.Drop(seed, 3277))
+
+    assert custom_calls(forward, x, ws, a_s, b_s, biases, seed) == 4
+    text = lowered(backward, dys, x, ws, a_s, b_s, jax.ShapeDtypeStruct((48, 1024), bf16), seed)
+    assert text.count(CALL) == 6 and "stablehlo.dot_general" not in text

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EACH = "for name in sharded.CASES: sharded.{how}(name)"
+EACH = "for name in {module}.CASES: {module}.{how}(name)"
 HOW = {
-    "automatic": f"{EACH.format(how='automatic')}\nsharded.manual()\nsharded.no_names()",
-    "explicit": f"{EACH.format(how='explicit')}\nsharded.lowered_for_cuda()",
+    "automatic": f"{EACH.format(module='sharded', how='automatic')}\nsharded.manual()\nsharded.no_names()",
+    "explicit": f"{EACH.format(module='sharded', how='explicit')}\nsharded.lowered_for_cuda()",
+    "automatic group": EACH.format(module="sharded_group", how="automatic"),
+    "explicit group": EACH.format(module="sharded_group", how="explicit"),
 }
 
 
@@ -27,6 +29,6 @@ def test_four_devices(how):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    command = [sys.executable, "-c", f"from tests.kernels import sharded\n{HOW[how]}"]
+    command = [sys.executable, "-c", f"from tests.kernels import sharded, sharded_group\n{HOW[how]}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
