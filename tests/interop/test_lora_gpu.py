@@ -21,7 +21,7 @@ def layer(k: int, n: int, dtype=torch.bfloat16, dim: int = 4, **options):
     return randomise(made)
 
 
-def one_sign(*tensors: torch.Tensor) -> None:
+def one_sign(*tensors) -> None:
     """In bfloat16 sums of sums that cancel are lost in the bound: nothing wrong could be told from what is right."""
     with torch.no_grad():
         for tensor in tensors:
