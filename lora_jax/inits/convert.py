@@ -57,14 +57,16 @@ def to_original(adapter: Adapter, initial: Adapter, params: Any, new_params: Any
 
 
 def difference(adapter: Adapter, initial: Adapter) -> Adapter:
-    """The adapter of rank 2r for s·A·B - s·A₀·B₀; what else `adapter` trains is its own."""
+    """The adapter of rank 2r for s·A·B - s₀·A₀·B₀; what else `adapter` trains is its own."""
+    started = {site.path: site for site in initial.sites}
     leaves = {path: adapter.leaf(path) for path in expected_leaves(adapter.sites)}
     sites = []
     for site in adapter.sites:
         if site.is_low_rank:
             (a, b), (a0, b0) = adapter.factors(site), initial.factors(site)
+            b0 = -(started[site.path].scale / site.scale) * b0
             leaves[site.leaf_path(LORA_A)] = jnp.concatenate([a, a0], axis=-1)
-            leaves[site.leaf_path(LORA_B)] = jnp.concatenate([b, -b0], axis=len(site.sizes_of("l")))
+            leaves[site.leaf_path(LORA_B)] = jnp.concatenate([b, b0], axis=len(site.sizes_of("l")))
             grown = math.sqrt(2) if site.rslora else 2
             site = dataclasses.replace(site, rank=2 * site.rank, alpha=site.alpha * grown)
         sites.append(site)

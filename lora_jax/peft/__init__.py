@@ -8,6 +8,7 @@ from lora_jax.peft.config import EvaConfig as EvaConfig
 from lora_jax.peft.config import LoftQConfig as LoftQConfig
 from lora_jax.peft.config import LoraConfig as LoraConfig
 from lora_jax.peft.config import LoraGAConfig as LoraGAConfig
+from lora_jax.peft.config import TaskType as TaskType
 from lora_jax.peft.from_linen import from_linen as from_linen
 from lora_jax.peft.layer import LoraLayer as LoraLayer
 from lora_jax.peft.linear import Linear as Linear

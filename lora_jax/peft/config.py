@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from lora_jax.config import LoRAConfig
 from lora_jax.peft_config import from_peft
+
+
+class TaskType(StrEnum):
+    """PEFT's task types, for `LoraConfig.task_type`."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
 
 # Initial values that `lora_jax.inits` computes.
 COMPUTED = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")

@@ -39,22 +39,16 @@ def problem():
 def expected(direction: str, scale: str, w: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A (in, r) and B (r, out) up to the signs of their columns and rows."""
     u, s, vh = np.linalg.svd(g.T)  # the gradient of the weight as PyTorch stores it
-    for_a, for_b = {
-        "ArB2r": ([0, 1, 2], [3, 4, 5]), "A2rBr": ([3, 4, 5], [0, 1, 2]), "ArBr": ([1, 3, 5], [0, 2, 4])
-    }[direction]  # fmt: skip
-    a, b = vh[for_a].T, u[:, for_b].T
-    stable = w.shape[1] ** 0.25 / GAMMA**0.5
-    if scale == "paper":
-        return a * stable, b * stable
-    b = b * s[for_b, None]
-    if scale == "gd_scale":
-        return a * RANK / ALPHA, b * RANK / ALPHA
-    return a, b * {"unit": 1, "stable": stable, "weight_svd": np.linalg.norm(w, 2) / s[for_b[0]]}[scale]
+    for_a, for_b = {"ArB2r": ([0, 1, 2], [3, 4, 5]), "ArBr": ([1, 3, 5], [0, 2, 4])}[direction]
+    by = w.shape[1] ** 0.25 / GAMMA**0.5
+    a, b = vh[for_a].T, by * u[:, for_b].T
+    return (a, b * s[for_b, None]) if scale == "stable" else (a * by, b)
 
 
 @pytest.mark.parametrize(
     "direction, scale",
-    [("ArB2r", "stable"), ("A2rBr", "weight_svd"), ("ArBr", "gd_scale"), ("ArB2r", "paper")],
+    # The others: tests/interop/test_peft_inits.py.
+    [("ArB2r", "stable"), ("ArBr", "paper")],
 )
 def test_factors_follow_the_gradient(direction, scale):
     params, batches, plan = problem()
@@ -82,10 +76,10 @@ def test_random_directions_and_keys():
     params, batches, plan = problem()
     draws = [
         inits.lora_ga(plan, loss, params, batches, direction="random", key=jax.random.key(n))[0]["lora_A"]["w"]
-        for n in (0, 0, 1, 2)
+        for n in (0, 0, 3)
     ]
     np.testing.assert_array_equal(draws[0], draws[1])
-    assert any(not np.allclose(abs(draws[0]), abs(other), atol=1e-3) for other in draws[2:])
+    assert not np.allclose(abs(draws[0]), abs(draws[2]), atol=1e-3)
 
 
 def test_refusals():

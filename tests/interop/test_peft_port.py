@@ -1,6 +1,7 @@
 """`LoraConfig` has the fields and defaults of the installed PEFT's, and directories go both ways."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -24,6 +25,12 @@ def test_fields_and_defaults():
     differing = {k: (mine[k], its[k]) for k in its if k in mine and mine[k] != its[k] and (mine[k] or its[k])}
     differing.pop("peft_version", None)
     assert not differing or set(differing) <= {"runtime_config"}, differing
+
+
+def test_task_types():
+    assert {t.value for t in theirs.TaskType} == {t.value for t in peft.TaskType}
+    stored = json.loads(json.dumps(config(task_type=peft.TaskType.CAUSAL_LM).to_dict()))
+    assert theirs.LoraConfig(**stored).task_type == theirs.TaskType.CAUSAL_LM
 
 
 def torch_twin(module):
