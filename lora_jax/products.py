@@ -7,7 +7,6 @@ Costs are O((m + n) r^2): a 4096 x 4096 matrix of rank 16 is answered from two 1
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import subspace_angles
 
 
 def frobenius(b: np.ndarray, a: np.ndarray) -> float:
@@ -63,6 +62,8 @@ def principal_angles(
 
     **Returns:** (min(rank1, rank2),) twice, with the ranks that the products really have: empty if one is zero.
     """
+    from scipy.linalg import subspace_angles  # slow to import
+
     (u1, v1), (u2, v2) = singular_vectors(*one), singular_vectors(*other)
     if not u1.shape[1] or not u2.shape[1]:
         return np.zeros(0), np.zeros(0)

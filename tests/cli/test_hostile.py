@@ -226,8 +226,8 @@ def test_without_torch_the_last_lines_say_so_and_what_to_do(language, tmp_path, 
     assert command.strip() == make_up(run) and command.count("&&") == 1
     assert f"{sys.executable} -m pip install " in command and f"--config {run / 'config.yaml'} --resume" in command
     tested = (Path(__file__).parents[2] / "requirements" / "parity.txt").read_text().split()
-    # Triton is there for the kernels' tests; peft does not need it.
-    needed = {word for word in tested if "==" in word and not word.startswith("triton")}
+    # Triton and torchao are there for other tests; peft needs neither.
+    needed = {word for word in tested if "==" in word and not word.startswith(("triton", "torchao"))}
     assert set(command.split("&&")[0].split()[4:]) == needed
 
 
