@@ -21,11 +21,11 @@ from lora_jax.ops.many import SLOT, Many, many_contract, part_by_part
 from lora_jax.sites import Site
 from lora_jax.weights.lookup import Picks, batch_atoms, rest_of_gather, take_from_factor
 from lora_jax.weights.lora import RANK, Lora, product_of
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import DotGeneral, Running, Virtual
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Running):
     """One of a stack of low-rank adapters. `selection`: see `ops.many`."""
 
     site: Site
@@ -35,18 +35,6 @@ class Chosen:
     @property
     def name(self) -> str:
         return self.site.name
-
-    @property
-    def watches(self) -> bool:
-        return False
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def is_formed(self) -> bool:
-        return False
 
     def alone(self, w: Virtual) -> Virtual:
         """The same weight as that of one adapter, whose factors are copied out of the stacks."""
@@ -128,15 +116,6 @@ class Chosen:
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base), factors={**w.factors, "b": factor(w.factors["b"])})
-
-    def stopped(self, w: Virtual) -> Virtual:
-        return w
-
-    def undropped(self, w: Virtual) -> Virtual:
-        return w.replace(key=None)
-
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
-        return outs
 
 
 def _scale(w: Virtual) -> jax.Array:

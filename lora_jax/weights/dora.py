@@ -28,13 +28,13 @@ from lora_jax.sites import Site
 from lora_jax.weights.lookup import Picks
 from lora_jax.weights.lora import Lora, lora_weight, shaped
 from lora_jax.weights.norms import magnitude_scale, norms
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import DotGeneral, Running, Virtual
 
 C = "c"
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(Running):
     """`c * (W + scale * A·B)` with c over (lead, out), in float32."""
 
     low_rank: Lora
@@ -42,18 +42,6 @@ class Dora:
     @property
     def name(self) -> str:
         return self.low_rank.name
-
-    @property
-    def watches(self) -> bool:
-        return False
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def is_formed(self) -> bool:
-        return False
 
     def materialise(self, w: Virtual) -> jax.Array:
         dense = self.low_rank.summed(w)
@@ -108,15 +96,6 @@ class Dora:
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """c stays that of the parameter, of which the view is a multiple."""
         return self.low_rank.times(w, factor)
-
-    def stopped(self, w: Virtual) -> Virtual:
-        return self.low_rank.stopped(w)
-
-    def undropped(self, w: Virtual) -> Virtual:
-        return self.low_rank.undropped(w)
-
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
-        return outs
 
 
 @dataclass(frozen=True)

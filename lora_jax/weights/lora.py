@@ -19,13 +19,13 @@ from lora_jax.ops.low_rank import low_rank_contract, scaled
 from lora_jax.sites import Site
 from lora_jax.weights.conv import low_rank_conv
 from lora_jax.weights.lookup import Picks, picked
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import DotGeneral, Running, Virtual
 
 RANK = "rank"
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(Running):
     """`W + scale * A·B` with A over (lead, in, rank) and B over (lead, rank, out)."""
 
     site: Site
@@ -35,18 +35,6 @@ class Lora:
     @property
     def name(self) -> str:
         return self.site.name
-
-    @property
-    def watches(self) -> bool:
-        return False
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def is_formed(self) -> bool:
-        return False
 
     def materialise(self, w: Virtual) -> jax.Array:
         """The dense weight of this view: summed in float32, rounded once to the base's dtype."""
@@ -115,17 +103,6 @@ class Lora:
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         """The view of `c * W`: linear in both terms, so only the base and one factor change."""
         return w.replace(base=factor(w.base), factors={**w.factors, "b": factor(w.factors["b"])})
-
-    def stopped(self, w: Virtual) -> Virtual:
-        """The gradient of base and factors was stopped on the way; nothing else changes."""
-        return w
-
-    def undropped(self, w: Virtual) -> Virtual:
-        return w.replace(key=None)
-
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
-        """Once formed, the weight is an array like any other."""
-        return outs
 
 
 def product_of(w: Virtual, dot: DotGeneral, dropout_rate: float) -> tuple[Contraction, jax.Array, jax.Array]:

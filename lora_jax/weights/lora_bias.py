@@ -21,13 +21,13 @@ from lora_jax.ops.contract import reorder, spread
 from lora_jax.sites import Atom, Site
 from lora_jax.weights.lookup import Picks
 from lora_jax.weights.lora import Lora, lora_weight, shaped
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import DotGeneral, Running, Virtual
 
 BIAS = "bias"
 
 
 @dataclass(frozen=True)
-class BiasedLora:
+class BiasedLora(Running):
     """`W + scale * A·B`, and `scale * bias` added to what it is multiplied into; the bias is over (lead, out)."""
 
     low_rank: Lora
@@ -35,18 +35,6 @@ class BiasedLora:
     @property
     def name(self) -> str:
         return self.low_rank.name
-
-    @property
-    def watches(self) -> bool:
-        return False
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def is_formed(self) -> bool:
-        return False
 
     def materialise(self, w: Virtual) -> jax.Array:
         raise ValueError(self._misplaced("is formed in full or looked up here, and a formed weight holds no bias"))
@@ -92,15 +80,6 @@ class BiasedLora:
         """Of `c * W` the bias is multiplied as well, as a row of W would be."""
         out = self.low_rank.times(w, factor)
         return out.replace(factors={**out.factors, BIAS: factor(w.factors[BIAS])})
-
-    def stopped(self, w: Virtual) -> Virtual:
-        return self.low_rank.stopped(w)
-
-    def undropped(self, w: Virtual) -> Virtual:
-        return self.low_rank.undropped(w)
-
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
-        return outs
 
     def _plus(self, y: jax.Array, bias: jax.Array) -> jax.Array:
         wide = jnp.promote_types(y.dtype, jnp.float32)

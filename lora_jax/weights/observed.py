@@ -22,7 +22,7 @@ from lora_jax.ops.contract import reorder
 from lora_jax.recording import Recorder
 from lora_jax.sites import Site
 from lora_jax.weights.lookup import Picks, picked
-from lora_jax.weights.virtual import DotGeneral, Virtual
+from lora_jax.weights.virtual import DotGeneral, Running, Virtual
 
 LAYER, PLACE = "layer", "place"
 
@@ -33,7 +33,7 @@ Mask = Callable[[tuple[int, ...]], jax.Array | None]
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observed(Running):
     """An unchanged parameter; each of its inputs goes through `update` into `recorder.state[name]`.
 
     The state is a tree whose leaves have the layers as their first axis. Where the recorder has no state for the
@@ -48,18 +48,6 @@ class Observed:
     @property
     def name(self) -> str:
         return self.site.name
-
-    @property
-    def watches(self) -> bool:
-        return False
-
-    @property
-    def is_stopped(self) -> bool:
-        return False
-
-    @property
-    def is_formed(self) -> bool:
-        return False
 
     def materialise(self, w: Virtual) -> jax.Array:
         return w.base
@@ -124,15 +112,6 @@ class Observed:
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base))
-
-    def stopped(self, w: Virtual) -> Virtual:
-        return w
-
-    def undropped(self, w: Virtual) -> Virtual:
-        return w
-
-    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
-        return outs
 
     def _records(self, w: Virtual, x: jax.Array) -> bool:
         """Whether there is somewhere to record to, and the whole input to record."""

@@ -87,6 +87,33 @@ class Kind(Protocol):
     def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]: ...
 
 
+class Running:
+    """What all kinds answer that a model runs with; those that planning observes with have answers of their own."""
+
+    @property
+    def watches(self) -> bool:
+        return False
+
+    @property
+    def is_stopped(self) -> bool:
+        return False
+
+    @property
+    def is_formed(self) -> bool:
+        return False
+
+    def stopped(self, w: Virtual) -> Virtual:
+        """The gradient of base and factors was stopped on the way; nothing else changes."""
+        return w
+
+    def undropped(self, w: Virtual) -> Virtual:
+        return w.replace(key=None)
+
+    def follow(self, w: Virtual, eqn: Any, outs: list[Any], alone: bool) -> list[Any]:
+        """Once formed, the weight is an array like any other."""
+        return outs
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclass
 class Virtual:
