@@ -12,7 +12,6 @@ through a scan over four of them needs beside its operands. A JSON line a row, a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.kernels import RATE, THRESHOLD, about, normal
-from benchmarks.timing import Chain, compile_all, measure, summary
+from benchmarks.timing import Chain, compile_all, measure, summary, written
 from lora_jax.kernels import mosaic_group, mosaic_lora
 from lora_jax.ops import LoraKernel, lora_dot, lora_dot_group, lora_swiglu
 from tests.kernels.problems import GroupProblem, Problem, seed_words
@@ -224,12 +223,7 @@ def main() -> None:
                 row = {"m": m, "k": k, "n": n, "r": r, "pass": passes, **summary(job)}
                 if isinstance(chain, MlpChain):
                     row["temporary_bytes"] = temporaries(chain)
-                line = json.dumps(common | row)
-                if options.out is None:
-                    print(line, flush=True)
-                else:
-                    with options.out.open("a") as file:
-                        file.write(line + "\n")
+                written(common | row, options.out)
                 low, high = row["ratio_spread"]
                 held = f" {row['temporary_bytes'] / 1e6:8.0f} MB" if "temporary_bytes" in row else ""
                 lines.append(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.timing import Chain, compile_all, measure, summary
+from benchmarks.timing import Chain, compile_all, measure, summary, written
 from lora_jax import reference
 from lora_jax.kernels import mosaic_lora, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
@@ -317,12 +316,7 @@ def main() -> None:
 
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)
-        line = json.dumps(common | row)
-        if options.out is None:
-            print(line, flush=True)
-        else:
-            with options.out.open("a") as file:
-                file.write(line + "\n")
+        written(common | row, options.out)
 
     if options.train:
         from benchmarks import train_step

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from jax import lax
 
 import lora_jax as lj
 from benchmarks.kernels import about
-from benchmarks.timing import Chain, compile_all, measure, summary
+from benchmarks.timing import Chain, compile_all, measure, summary, written
 from lora_jax import reference
 from lora_jax.sites import LORA_A, LORA_B
 
@@ -200,12 +199,7 @@ def main() -> None:
             continue
         for row in time_case(case, *((1, 0.001) if options.smoke else (5, 0.03))):
             rows.append(row)
-            line = json.dumps(common | row)
-            if options.out is None:
-                print(line, flush=True)
-            else:
-                with options.out.open("a") as file:
-                    file.write(line + "\n")
+            written(common | row, options.out)
         longest = max(longest, time.perf_counter() - began)
         print(f"{case}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))

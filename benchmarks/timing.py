@@ -7,11 +7,13 @@ two.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,6 +54,16 @@ class Chain:
 
     def compiled(self) -> Job:
         return Job(self.row, chained(self.fn, self.inputs, self.rest), len(self.inputs))
+
+
+def written(row: dict[str, Any], out: Path | None) -> None:
+    """Appends a JSON line to `out`, or prints it."""
+    line = json.dumps(row)
+    if out is None:
+        print(line, flush=True)
+    else:
+        with out.open("a") as file:
+            file.write(line + "\n")
 
 
 def compile_all(chains: Sequence[Chain]) -> list[Job]:

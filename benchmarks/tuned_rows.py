@@ -20,32 +20,7 @@ HEAD = '''"""What was measured where. Written by `benchmarks/tuned_rows.py`, eac
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-
-class Race(NamedTuple):
-    """Forward + backward, as ratios to XLA's frozen linear: lines of `benchmarks/results/kernels.jsonl`."""
-
-    device: str
-    m: int
-    k: int
-    n: int
-    r: int
-    dropped: bool
-    xla: float
-    kernels: float
-    commit: str
-
-
-class Tiles(NamedTuple):
-    """The fastest tiles of a kernel, where they are not the general ones: lines of `.../tuning.jsonl`."""
-
-    device: str
-    kernel: str
-    shape: dict[str, Any]
-    config: dict[str, Any]
-    commit: str
-
+from lora_jax.kernels.measured import Race, Tiles
 
 '''
 

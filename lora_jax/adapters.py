@@ -17,6 +17,17 @@ import jax.numpy as jnp
 from lora_jax.sites import LORA_A, LORA_B, Site
 
 
+def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The tree of dicts with these leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class Adapter(Mapping[str, Any]):
     """Trainable leaves of every adapted parameter, nested by path, plus their static `sites`.
@@ -39,13 +50,7 @@ class Adapter(Mapping[str, Any]):
         **Raises:** `ValueError` if two sites need the same place in it.
         """
         check_places(sites)
-        tree: dict[str, Any] = {}
-        for path, leaf in leaves.items():
-            node = tree
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = leaf
-        return cls(tree, sites)
+        return cls(nested(leaves), sites)
 
     def __getitem__(self, key: str) -> Any:
         return self._tree[key]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters import Adapter, expected_leaves, leaf_at
+from lora_jax.adapters import Adapter, expected_leaves, leaf_at, nested
 from lora_jax.editing import check_only_factors, rescaled
 from lora_jax.sites import Site
 
@@ -54,7 +54,7 @@ class AdapterStack:
 
     def slot_axes(self) -> dict[str, Any]:
         """The position of the slots in each leaf of `factors`."""
-        return _nested({path: _slot_axis(site) for site in self.sites for path in expected_leaves((site,))})
+        return nested({path: _slot_axis(site) for site in self.sites for path in expected_leaves((site,))})
 
     def tree_flatten(self):
         return (self.factors, self.scales), self.sites
@@ -103,7 +103,7 @@ class AdapterBank:
             for path, shape in expected_leaves((site,)).items()
         }
         scales = {site.name: jnp.zeros(slots, jnp.promote_types(dtype, jnp.float32)) for site in room}
-        return cls(AdapterStack(_nested(leaves), scales, room), (None,) * slots, (None,) * slots)
+        return cls(AdapterStack(nested(leaves), scales, room), (None,) * slots, (None,) * slots)
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -200,7 +200,7 @@ class AdapterBank:
                 value = np.zeros(shape, np.float32) if site is None else adapter.leaf(path)
                 value = jnp.pad(value, [(0, n - k) for n, k in zip(shape, value.shape, strict=True)])
                 leaves[path] = jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), slot, at)
-        stack = AdapterStack(_nested(leaves), scales, self.stack.sites)
+        stack = AdapterStack(nested(leaves), scales, self.stack.sites)
         return self._with(slot, name, adapter.sites, stack)
 
     def _with(self, slot: int, name: str | None, sites: tuple[Site, ...] | None, stack: AdapterStack) -> AdapterBank:
@@ -231,13 +231,3 @@ def _check_fits(name: str, own: Mapping[Any, Site], room: Mapping[Any, Site]) ->
 def _slot_axis(site: Site) -> int:
     """After the stacked axes, so that a scan over layers finds them first."""
     return 0 if site.is_full else len(site.atoms_of("l"))
-
-
-def _nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import lora_jax
+from lora_jax.adapters import nested
 from lora_jax.cli._edits import CONV1D_MODELS, CONV1D_MODULES
 from lora_jax.cli._kernels import kernel_order, kernel_site, say_fan_in_fan_out
 from lora_jax.cli._show import console, listed
@@ -52,7 +53,7 @@ def extract(
     config = lora_jax.LoRAConfig(rank=rank, alpha=rank if alpha is None else alpha, target_modules=target_modules)
     modules = _modules(base, target_modules)
     plan = _plan(base, modules, config)
-    trees = (_tree({_path(name, modules): Lazy(source, name, modules.get(name)) for name in source.entries})
+    trees = (nested({_path(name, modules): Lazy(source, name, modules.get(name)) for name in source.entries})
              for source in (base, tuned))  # fmt: skip
     found = lora_jax.extract(plan, *trees, key=jax.random.key(seed), iterations=iterations, partial=partial)
     save_peft(found.adapter, out_dir, plan, base_model_name_or_path=base_dir)
@@ -131,13 +132,3 @@ def _plan(base: Checkpoint, modules: Mapping[str, Module], config: lora_jax.LoRA
             site = kernel_site(modules[name].name, shape, config.rank, config.alpha)
         rows.append(Row(_path(name, modules), shape, entry.dtype.name, site, "" if site else "not targeted"))
     return lora_jax.Plan(config, tuple(row.site for row in rows if row.site), tuple(rows))
-
-
-def _tree(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree

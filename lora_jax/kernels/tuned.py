@@ -13,10 +13,11 @@ from typing import Any
 from lora_jax import _compat
 from lora_jax.kernels import tuning_cache
 from lora_jax.kernels.gemm_config import SHARED_BYTES, GemmConfig, in_ring, padded_rank, unsupported
+from lora_jax.kernels.measured import Race
 from lora_jax.kernels.mosaic_down import DownConfig
 from lora_jax.kernels.mosaic_outer import OuterConfig
 from lora_jax.kernels.shape_class import ShapeClass, class_of, distance
-from lora_jax.kernels.tuned_rows import RACES, TILES, Race
+from lora_jax.kernels.tuned_rows import RACES, TILES
 
 # Changes to the general tiles that `tune` tries.
 _GEMM: tuple[dict[str, Any], ...] = (

@@ -2,32 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-
-class Race(NamedTuple):
-    """Forward + backward, as ratios to XLA's frozen linear: lines of `benchmarks/results/kernels.jsonl`."""
-
-    device: str
-    m: int
-    k: int
-    n: int
-    r: int
-    dropped: bool
-    xla: float
-    kernels: float
-    commit: str
-
-
-class Tiles(NamedTuple):
-    """The fastest tiles of a kernel, where they are not the general ones: lines of `.../tuning.jsonl`."""
-
-    device: str
-    kernel: str
-    shape: dict[str, Any]
-    config: dict[str, Any]
-    commit: str
-
+from lora_jax.kernels.measured import Race, Tiles
 
 RACES: tuple[Race, ...] = (
     Race("NVIDIA H100 80GB HBM3", 8192, 4096, 4096, 16, False, 1.4004, 1.1589, "1188340"),

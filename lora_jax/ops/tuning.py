@@ -24,7 +24,7 @@ from lora_jax.kernels.tuned import tiles_of
 from lora_jax.kernels.tuning_cache import Entries
 from lora_jax.ops.choice import device_lacks
 from lora_jax.ops.dropout import keeps, seed_words, threshold
-from lora_jax.ops.families import FAMILIES
+from lora_jax.ops.families import FAMILIES, kernels
 from lora_jax.ops.lora_dot import lora_dot
 from lora_jax.ops.timing import chained, interleaved
 
@@ -72,14 +72,14 @@ def tune(
     tuning_cache.known()
     stored: Entries = {}
     for sizes in dict.fromkeys(shapes):
-        modules = {name: FAMILIES[name].load() for name in families}
-        lacking = {name: why for name, each in modules.items() if (why := each.unsupported(*sizes, dtype))}  # type: ignore[union-attr]
+        modules = {name: kernels(name) for name in families}
+        lacking = {name: why for name, each in modules.items() if (why := each.unsupported(*sizes, dtype))}
         if len(lacking) == len(modules):
             raise ValueError(f"no kernels for M, K, N, R = {sizes}: {lacking}")
         able = {name: each for name, each in modules.items() if name not in lacking}
         entries: Entries = {}
         for name, module in able.items():
-            for stage in module.stages(*sizes, dtype, below) if hasattr(module, "stages") else ():  # type: ignore[union-attr]
+            for stage in module.stages(*sizes, dtype, below) if hasattr(module, "stages") else ():
                 # Without dropout, the passes over `x` and over `dy` may be of one class.
                 if (_compat.target_device().kind, stage.kernel, stage.shape) not in entries:
                     entries |= _fastest_tiles(name, stage, calls, timer, report)

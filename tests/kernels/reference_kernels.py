@@ -8,28 +8,19 @@ rows beyond M that hold NaN wherever nobody may read them.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import _compat
+from lora_jax.kernels.linear import Drop as Drop
+from lora_jax.kernels.linear import Wants as Wants
 from lora_jax.ops import choice
 from lora_jax.ops.families import FAMILIES, Family
 
 calls: list[tuple[str, tuple[int, ...]]] = []
-
-
-class Drop(NamedTuple):
-    seed: jax.Array
-    threshold: int
-
-
-class Wants(NamedTuple):
-    x: bool = True
-    a: bool = True
-    b: bool = True
 
 
 def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
