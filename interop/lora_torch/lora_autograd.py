@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+# Asked once: Dynamo cannot trace the question, and of other kinds `is_autocast_enabled` raises.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
+_WITH_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
 
 def apply_memory_efficient_lora(
     x: torch.Tensor,
@@ -91,7 +95,7 @@ def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes on `x`: autocast's where it is on (not for float64), else its own."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind not in _WITH_AUTOCAST or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 

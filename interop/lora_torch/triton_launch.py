@@ -17,14 +17,14 @@ and to `db`'s `outer`, and to no other.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.kernels import triton_plans as plans
-from lora_jax.kernels.triton_configs import GemmConfig, PassConfig
-from lora_jax.kernels.triton_plans import Launch, Matrix
+from lora_jax.kernels.triton_configs import GemmConfig, HopperConfig, PassConfig
+from lora_jax.kernels.triton_plans import Matrix
+
+from .triton_run import has_hopper_kernel, interpreting, lies, ready, seen, sms
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,15 @@ def down(
 
     Raises: ValueError for shapes, TypeError for dtypes, RuntimeError without a GPU (see `check`).
     """
-    check({"x": x, "a": a}, [("x", 1, "a", 0)])
-    out = x.new_empty(x.shape[0], a.shape[1])
-    if x.shape[0] == 0:
-        return out
     threshold = drop.threshold if drop else 0
-    plan = plans.down(_seen(x), _seen(a), scale, threshold, sms(x.device.index), config=config)
-    return _run(plan, out, x_ptr=x, a_ptr=a, seed_ptr=drop.words if drop else None)
+
+    def plan() -> plans.Launch:
+        check({"x": x, "a": a}, [("x", 1, "a", 0)])
+        return plans.down(seen(x), seen(a), scale, threshold, sms(x.device.index), config=config)
+
+    launch = ready(("down", lies(x), lies(a), scale, threshold, config), plan)
+    out = x.new_empty(x.shape[0], a.shape[1])
+    return launch(out, {"x_ptr": x, "a_ptr": a, "seed_ptr": drop.words if drop else None}) if len(x) else out
 
 
 def outer(
@@ -92,19 +94,52 @@ def outer(
     v: torch.Tensor,
     drop: Drop | None = None,
     *,
+    dtype: torch.dtype | None = None,
+    transposed: bool = False,
     config: PassConfig | None = None,
 ) -> torch.Tensor:
-    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C) in float32, contiguous. `da.T` is `outer(g, x, drop)`.
+    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C), contiguous; (C, R) if `transposed`. `da` is `outer(g, x, drop).T`.
+
+    `dtype` is that of the result, which is summed in float32 and rounded once; None: float32.
 
     Raises: as `down`.
     """
-    check({"t": t, "v": v}, [("t", 0, "v", 0)])
-    out = t.new_empty((t.shape[1], v.shape[1]), dtype=_float32())
-    if t.shape[0] == 0:
-        return out.zero_()
     threshold = drop.threshold if drop else 0
-    plan = plans.outer(_seen(t), _seen(v), threshold, sms(v.device.index), config=config)
-    return _run(plan, out, t_ptr=t, v_ptr=v, seed_ptr=drop.words if drop else None)
+
+    def plan() -> plans.Launch:
+        check({"t": t, "v": v}, [("t", 0, "v", 0)])
+        return plans.outer(seen(t), seen(v), threshold, sms(v.device.index), transposed=transposed, config=config)
+
+    launch = ready(("outer", lies(t), lies(v), threshold, dtype, transposed, config), plan)
+    shape = (v.shape[1], t.shape[1]) if transposed else (t.shape[1], v.shape[1])
+    out = t.new_empty(shape, dtype=dtype or _float32())
+    return launch(out, {"t_ptr": t, "v_ptr": v, "seed_ptr": drop.words if drop else None}) if len(t) else out.zero_()
+
+
+def up(
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    drop: Drop | None = None,
+    *,
+    config: PassConfig | None = None,
+) -> torch.Tensor:
+    """`mask / (1 - rate) * (h @ b) + bias`: (M, R), (R, N), (N,) -> (M, N), contiguous.
+
+    Raises: as `down`.
+    """
+    threshold = drop.threshold if drop else 0
+    operands = {"h": h, "b": b} | ({} if bias is None else {"bias": bias})
+    t = h.new_empty(h.shape[0], b.shape[-1])
+
+    def plan() -> plans.Launch:
+        check(operands, [("h", 1, "b", 0)] + ([] if bias is None else [("b", 1, "bias", 0)]))
+        return plans.up(*map(seen, (h, b, t)), threshold, bias=bias is not None, config=config)
+
+    launch = ready(("up", *map(lies, operands.values()), threshold, config), plan)
+    if not len(h):
+        return t
+    return launch(t, {"h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": drop.words if drop else None})
 
 
 def forward(
@@ -124,6 +159,60 @@ def forward(
     Raises: as `down`.
     """
     return _gemm(x, w, h, b, bias, drop, config)
+
+
+def product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    drop: Drop | None = None,
+    *,
+    config: HopperConfig | None = None,
+) -> torch.Tensor:
+    """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can, else by `by_library`.
+
+    `triton_gemm`, which `forward` launches, loses more against a library's product than it saves, on Hopper at least.
+
+    Raises: as `down`.
+    """
+    operands = {"x": x, "w": w, "h": h, "b": b} | ({} if bias is None else {"bias": bias})
+
+    def plan() -> plans.Launch | None:
+        pairs = [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)]
+        check(operands, pairs if bias is not None else pairs[:-1])
+        y = Matrix.row_major(x.shape[0], w.shape[1], x.element_size(), tma=True)
+        lying = [*map(seen, (x, w, h, b)), y]
+        if drop or not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
+            return None
+        count = sms(x.device.index)
+        launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
+        # A library splits the depth of few tiles among multiprocessors that would have none.
+        return launch if config or launch.programs >= count // 2 else None
+
+    launch = ready(("product", *map(lies, operands.values()), drop is None, config), plan)
+    if launch is None:
+        return by_library(x, w, h, b, bias, drop)
+    if launch.plan.numbers["W_T"]:
+        w, b = w.T, b.T
+    y = x.new_empty(x.shape[0], b.shape[0 if launch.plan.numbers["W_T"] else 1])
+    return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias})
+
+
+def by_library(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    drop: Drop | None = None,
+) -> torch.Tensor:
+    """What `forward` computes, with torch's product: the adapter's part first, and the product added into it.
+
+    That part is rounded before: one rounding more than `forward` has.
+    """
+    return up(h, b, bias, drop).addmm_(x, w)
 
 
 def input_gradient(
@@ -151,32 +240,24 @@ def _gemm(
     drop: Drop | None,
     config: GemmConfig | None,
 ) -> torch.Tensor:
-    check(
-        {"x": x, "w": w, "h": h, "b": b} | ({} if bias is None else {"bias": bias}),
-        [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1)]
-        + ([] if bias is None else [("w", 1, "bias", 0)]),
-    )
-    y = x.new_empty(x.shape[0], w.shape[1])
-    if x.shape[0] == 0:
+    threshold = drop.threshold if drop else 0
+    operands = {"x": x, "w": w, "h": h, "b": b} | ({} if bias is None else {"bias": bias})
+    y = x.new_empty(x.shape[0], w.shape[-1])
+
+    def plan() -> plans.Launch:
+        pairs = [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)]
+        check(operands, pairs if bias is not None else pairs[:-1])
+        return plans.gemm(
+            *map(seen, (x, w, h, b, y)), threshold, sms(x.device.index), bias=bias is not None, config=config
+        )
+
+    launch = ready(("gemm", *map(lies, operands.values()), threshold, config), plan)
+    if not len(x):
         return y
-    plan = plans.gemm(
-        *map(_seen, (x, w, h, b, y)), drop.threshold if drop else 0, sms(x.device.index),
-        bias=bias is not None, config=config,
-    )  # fmt: skip
-    w = w.T if plan.blocks and plan.numbers["W_T"] else w
-    return _run(plan, y, x_ptr=x, w_ptr=w, h_ptr=h, b_ptr=b, bias_ptr=bias, seed_ptr=drop.words if drop else None)
-
-
-def _run(plan: Launch, out: torch.Tensor, **operands: torch.Tensor | None) -> torch.Tensor:
-    """`operands` by the names of their pointers."""
-    target = out if plan.parts == 1 else out.new_empty((plan.parts, *out.shape), dtype=_float32())
-    pointers = operands | {plan.out: target}
-    for name, block in plan.blocks.items():
-        pointers[name] = _described(pointers[name], block)
-    _kernel(plan.kernel)[(plan.programs,)](
-        **pointers, **plan.numbers, num_warps=plan.warps, num_stages=plan.stages
-    )  # fmt: skip
-    return out if plan.parts == 1 else _run(plans.total(out.numel(), plan.parts), out, parts_ptr=target)
+    # A descriptor of a weight that lies the other way round is one of its transpose.
+    w = w.T if launch.plan.blocks and launch.plan.numbers["W_T"] else w
+    seeds = drop.words if drop else None
+    return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": seeds})
 
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:
@@ -209,52 +290,6 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
             f"`{first_name}` is on {first.device}, and the Triton kernels need a CUDA GPU. Move the tensors there, or "
             "set TRITON_INTERPRET=1 before the first import of triton to run them slowly on the CPU."
         )
-
-
-@functools.cache
-def _kernel(name: str) -> Any:
-    """`<name>_kernel` of `lora_jax/kernels/triton_<name>.py`, which imports triton."""
-    try:
-        return getattr(importlib.import_module(f"lora_jax.kernels.triton_{name}"), f"{name}_kernel")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ModuleNotFoundError("the Triton kernels need triton: install `lora-jax[triton]`", name="triton") from None
-
-
-@functools.cache
-def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU. It decides when a kernel is imported, so the answer never changes."""
-    return "Interpreted" in type(_kernel("sum")).__name__
-
-
-@functools.cache
-def sms(device: int | None) -> int:
-    """Multiprocessors of a CUDA device; 4 stands in for them under the interpreter."""
-    import torch
-
-    return 4 if device is None else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _has_tma(device: int | None) -> bool:
-    """Whether the device copies tiles by descriptor (Hopper and later); the interpreter does."""
-    import torch
-
-    return device is None or torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _seen(tensor: torch.Tensor) -> Matrix:
-    """Rows of a descriptor begin at multiples of 16 bytes, and so must the first."""
-    (rows, columns), (row, column) = tensor.shape, tensor.stride()
-    tma = tensor.data_ptr() % 16 == 0 and _has_tma(tensor.device.index)
-    return Matrix((rows, columns), (row, column), tensor.element_size(), tma)
-
-
-def _described(tensor: Any, block: tuple[int, int]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def _float32() -> torch.dtype:

@@ -90,10 +90,10 @@ class LoRATritonFunction(torch.autograd.Function):
         if wants_x or wants_a:
             g = ops.down(d_flat, b, ctx.scale)
             dx = (g @ a).to(x.dtype).reshape(x.shape) if wants_x else None
-            da = ops.outer(g, flat).to(lora_A.dtype) if wants_a else None
+            da = ops.outer(g, flat, dtype=lora_A.dtype) if wants_a else None
         if wants_b:
             h = ops.down(flat, a.T, ctx.scale)
-            db = ops.outer(h, d_flat).T.to(lora_B.dtype)
+            db = ops.outer(h, d_flat, dtype=lora_B.dtype, transposed=True)
         # Autograd allows a None more than there were inputs.
         return dx, da, db, None, None, None if ctx.res_dtype is None else d_y.to(ctx.res_dtype)
 
@@ -174,9 +174,9 @@ def backward_rows(
         if wants[0]:
             dx = ops.product(dy, w, g, a, None, rate, before)
         if wants[1]:
-            da = ops.outer(g, x, rate, before).to(a.dtype)
+            da = ops.outer(g, x, rate, before, dtype=a.dtype)
     if wants[2]:
         if h is None:
             h = ops.down(x, a.T, scale, rate, before)
-        db = ops.outer(h, dy, rate, after).T.to(b.dtype)
+        db = ops.outer(h, dy, rate, after, dtype=b.dtype, transposed=True)
     return dx, da, db

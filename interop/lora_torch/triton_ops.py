@@ -16,9 +16,17 @@ def down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float = 0.0, word
     return _in_graph(x, _down, launched_down)(x, a, scale, rate, words)
 
 
-def outer(t: torch.Tensor, v: torch.Tensor, rate: float = 0.0, words: torch.Tensor | None = None) -> torch.Tensor:
-    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C), float32."""
-    return _in_graph(t, _outer, launched_outer)(t, v, rate, words)
+def outer(
+    t: torch.Tensor,
+    v: torch.Tensor,
+    rate: float = 0.0,
+    words: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`t.T @ drop(v)`: (M, R), (M, C) -> (R, C), or (C, R) if `transposed`, of `dtype`."""
+    return _in_graph(t, _outer, launched_outer)(t, v, rate, words, dtype, transposed)
 
 
 def product(
@@ -38,8 +46,10 @@ def launched_down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, w
     return launch.down(x, a, scale, _drop(rate, words))
 
 
-def launched_outer(t: torch.Tensor, v: torch.Tensor, rate: float, words: torch.Tensor | None) -> torch.Tensor:
-    return launch.outer(t, v, _drop(rate, words))
+def launched_outer(
+    t: torch.Tensor, v: torch.Tensor, rate: float, words: torch.Tensor | None, dtype: torch.dtype, transposed: bool
+) -> torch.Tensor:
+    return launch.outer(t, v, _drop(rate, words), dtype=dtype, transposed=transposed)
 
 
 def launched_product(
@@ -51,7 +61,7 @@ def launched_product(
     rate: float,
     words: torch.Tensor | None,
 ) -> torch.Tensor:
-    return launch.forward(x, w, h, b, bias, _drop(rate, words))
+    return launch.product(x, w, h, b, bias, _drop(rate, words))
 
 
 def _drop(rate: float, words: torch.Tensor | None) -> launch.Drop | None:
@@ -72,7 +82,7 @@ _outer = torch.library.custom_op(
     "lora_torch::outer",
     launched_outer,
     mutates_args=(),
-    schema="(Tensor t, Tensor v, float rate, Tensor? words) -> Tensor",
+    schema="(Tensor t, Tensor v, float rate, Tensor? words, ScalarType dtype, bool transposed) -> Tensor",
 )
 _product = torch.library.custom_op(
     "lora_torch::product",
@@ -88,8 +98,9 @@ def _(x, a, scale, rate, words):
 
 
 @_outer.register_fake
-def _(t, v, rate, words):
-    return t.new_empty((t.shape[1], v.shape[1]), dtype=torch.float32)
+def _(t, v, rate, words, dtype, transposed):
+    shape = (v.shape[1], t.shape[1]) if transposed else (t.shape[1], v.shape[1])
+    return t.new_empty(shape, dtype=dtype)
 
 
 @_product.register_fake

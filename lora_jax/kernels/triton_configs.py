@@ -34,6 +34,29 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of `triton_hopper_gemm.hopper_gemm_kernel`: a ring of `stages`, and `buffers` for a half's `chunks`."""
+
+    bm: int = 128
+    bn: int = 256
+    bk: int = 64
+    stages: int = 4
+    group: int = 12  # of 132 programs, 12 by 11 tiles then share the L2 cache
+    chunks: int = 4
+    buffers: int = 2
+
+    def tail(self, r: int) -> int:
+        """How deep the products of the tail's blocks are."""
+        return next((depth for depth in (16, 32) if r <= depth < self.bk), self.bk)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory, but for the barriers'."""
+        halves = 2 * self.buffers * (self.bm // 2) * (self.bn // self.chunks)
+        return 2 * (self.stages * (self.bm + self.bn) * self.bk + halves)
+
+
+@dataclass(frozen=True)
 class PassConfig:
     """Tiles of the memory-bound passes: `rows` tokens times `columns` features, read once.
 
@@ -49,7 +72,7 @@ class PassConfig:
 
     def split(self, blocks: int, steps: int, sms: int) -> int:
         """In how many parts to do a reduction of `steps` steps when there are `blocks` independent programs."""
-        return max(1, min(self.per_sm * sms // blocks, steps // 2))
+        return max(1, min(self.per_sm * sms // max(1, blocks), steps // 2))  # no blocks: no tokens
 
 
 # The candidates of `benchmarks/triton_kernels.py`, and those by pointers of `benchmarks/triton_from_jax.py`.
@@ -127,9 +150,8 @@ def down_config(m: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bo
         return _PASS_32
     if not tma:
         return PassConfig(64, 32 if padded(r) >= 128 else 64, stages=3, warps=4, tma=False)
-    if padded(r) >= 128:
-        return PassConfig(128, 64, stages=3, warps=8)
-    return DOWN[4] if padded(r) == 64 else DOWN[0]
+    # By pointers up to there: as fast, and a descriptor costs its launch more time than the kernel runs on few tokens.
+    return PassConfig(128, 64, stages=3, warps=8) if padded(r) >= 128 else DOWN[1]
 
 
 def outer_config(m: int, c: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
@@ -138,4 +160,11 @@ def outer_config(m: int, c: int, r: int, itemsize: int, *, tma: bool, dropout: b
         return _PASS_32 if padded(r) < 128 else PassConfig(16, 32, stages=2, warps=8, tma=False)
     if not tma:
         return PassConfig(32, 64 if padded(r) >= 128 else 128, stages=3, warps=4, tma=False)
-    return PassConfig(64, 128, stages=3, warps=8) if padded(r) >= 128 else OUTER[0]
+    return PassConfig(64, 128, stages=3, warps=8) if padded(r) >= 128 else OUTER[1]
+
+
+def up_config(r: int, itemsize: int) -> PassConfig:
+    """Tiles of `triton_up.up_kernel`, which writes them whole: nothing is split, nor goes by descriptor."""
+    if itemsize == 4:
+        return PassConfig(32, 32, stages=1, warps=4, tma=False)
+    return PassConfig(64, 128 if padded(r) <= 64 else 64, stages=1, warps=4, tma=False)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from lora_jax.kernels.triton_configs import (
     LEAST_SHARED_BYTES,
     GemmConfig,
+    HopperConfig,
     PassConfig,
     down_config,
     gemm_config,
     outer_config,
     padded,
+    up_config,
 )
 
 STEPS = 65536  # of a dropout rate: what 16 bits tell apart
@@ -34,8 +36,8 @@ class Matrix:
     tma: bool = False
 
     @classmethod
-    def row_major(cls, rows: int, columns: int, itemsize: int) -> Matrix:
-        return cls((rows, columns), (columns, 1), itemsize)
+    def row_major(cls, rows: int, columns: int, itemsize: int, *, tma: bool = False) -> Matrix:
+        return cls((rows, columns), (columns, 1), itemsize, tma)
 
     @property
     def T(self) -> Matrix:
@@ -115,6 +117,22 @@ def outer(
 
 
 @functools.lru_cache(1024)
+def up(
+    h: Matrix, b: Matrix, t: Matrix, threshold: int, *, bias: bool = False, config: PassConfig | None = None
+) -> Launch:  # fmt: skip
+    """`drop(h @ b) (+ bias)`: (M, R), (R, N), (N,) -> (M, N); the mask is one of the result."""
+    (m, r), n = h.shape, b.shape[1]
+    config = config or up_config(r, h.itemsize)
+    numbers = {
+        "scale": rescaling(threshold), "threshold": threshold, "M": m, "N": n,
+        **_strides("h", "mr", h), **_strides("b", "rn", b), **_strides("t", "mn", t),
+        "R": r, "RP": padded(r), "BM": config.rows, "BN": config.columns, "BIAS": bias, "DROP": threshold > 0,
+    }  # fmt: skip
+    tiles = blocks_of(m, config.rows) * blocks_of(n, config.columns)
+    return Launch("up", tiles, "t_ptr", numbers, config.warps, config.stages)
+
+
+@functools.lru_cache(1024)
 def gemm(
     x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix, threshold: int, sms: int,
     *, bias: bool = False, shared: int = LEAST_SHARED_BYTES, config: GemmConfig | None = None,
@@ -124,7 +142,7 @@ def gemm(
     A descriptor of `w` is one of `w.T` if `W_T`. `shared`: bytes of shared memory that a program may have.
     """
     (m, k), n, r = x.shape, w.shape[1], h.shape[1]
-    transposed = w.strides[0] == 1 != w.strides[1]
+    transposed = _transposed(w)
     tma = x.describable and y.describable and (w.T if transposed else w).describable
     config = config or gemm_config(m, n, k, r, x.itemsize, tma=tma, dropout=threshold > 0, shared=shared)
     tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
@@ -145,6 +163,41 @@ def gemm(
         "gemm", min(tiles, config.per_sm * sms) if config.per_sm else tiles, "y_ptr", numbers,
         config.warps, config.stages, blocks=blocks if tma else {},
     )  # fmt: skip
+
+
+def hopper_fits(x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix) -> bool:
+    """Whether `hopper_gemm` can take these operands: all by descriptors, `w` and `b` lying the same way."""
+    rights = (w.T, b.T) if _transposed(w) else (w, b)
+    return all(each.describable for each in (x, *rights, h, y))
+
+
+@functools.lru_cache(1024)
+def hopper_gemm(
+    x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix, sms: int,
+    *, bias: bool = False, config: HopperConfig | None = None,
+) -> Launch:  # fmt: skip
+    """`x @ w + h @ b (+ bias)` on Hopper. Descriptors of `w` and `b` are those of their transposes if `W_T`."""
+    (m, k), n, r = x.shape, w.shape[1], h.shape[1]
+    config = config or HopperConfig()
+    transposed = _transposed(w)
+    left = (config.bm // 2, config.bk)
+    right = (config.bn, config.bk) if transposed else (config.bk, config.bn)
+    numbers = {
+        "M": m, "N": n, "steps": blocks_of(k, config.bk), "tail_steps": blocks_of(r, config.bk),
+        "BM": config.bm, "BN": config.bn, "BK": config.bk, "TAIL": config.tail(r), "GROUP": config.group,
+        "STAGES": config.stages, "CHUNKS": config.chunks, "BUFFERS": config.buffers,
+        "BIAS": bias, "W_T": transposed,
+    }  # fmt: skip
+    blocks = {
+        "x_ptr": left, "h_ptr": left, "w_ptr": right, "b_ptr": right,
+        "y_ptr": (config.bm // 2, config.bn // config.chunks),
+    }  # fmt: skip
+    tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
+    return Launch("hopper_gemm", min(tiles, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks)
+
+
+def _transposed(w: Matrix) -> bool:
+    return w.strides[0] == 1 != w.strides[1]
 
 
 def total(size: int, parts: int) -> Launch:

@@ -163,9 +163,10 @@ def test_the_operations_are_registered_as_they_are():
 
     x, a, words = torch.randn(4, 24), torch.randn(24, 3), torch.tensor([1, 2, 0, 0], dtype=torch.int32)
     w, h, b = torch.randn(24, 40), torch.randn(4, 3), torch.randn(3, 40)
-    torch.library.opcheck(ops._down, (x, a, 2.0, 0.5, words), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(ops._outer, (h, x, 0.0, None), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(ops._product, (x, w, h, b, None, 0.0, None), test_utils=("test_schema", "test_faketensor"))
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops._down, (x, a, 2.0, 0.5, words), test_utils=utils)
+    torch.library.opcheck(ops._outer, (h, x, 0.0, None, torch.float32, True), test_utils=utils)
+    torch.library.opcheck(ops._product, (x, w, h, b, None, 0.0, None), test_utils=utils)
 
 
 def test_what_the_kernels_refuse():

@@ -22,6 +22,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_configs import SHARED_BYTES
@@ -59,17 +61,30 @@ def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) 
                 matrix(m, n), threshold, sms, shared=SHARED_BYTES[divmod(arch, 10)],
             )  # fmt: skip
         m, k, _ = sizes[0]
+        if not by_jax:
+            yield plans.up(matrix(m, r), matrix(r, k, other_way=True), matrix(m, k), threshold, bias=True)
+            if arch == 90 and itemsize == 2 and not threshold and r == ranks[-1]:  # its registers do not depend on r
+                for other_way in (True,) if large else (True, False):
+                    w, b = matrix(k, k, other_way=other_way), matrix(r, k, other_way=other_way)
+                    yield plans.hopper_gemm(matrix(m, k), w, matrix(m, r), b, matrix(m, k), sms, bias=other_way)
         yield plans.down(matrix(m, k), matrix(k, r, other_way=not by_jax), 1.0, threshold, sms)
         yield plans.outer(matrix(m, r), matrix(m, k), threshold, sms, transposed=by_jax)
+
+
+def _layout(rows: int, columns: int) -> str:
+    """How a block lies in shared memory, as Gluon spells it in a signature."""
+    return f",{NVMMASharedLayout.get_default_for([rows, columns], triton.language.float16)!r}"
 
 
 def compiled(plan: Launch, *, arch: int, dtype: str, by_jax: bool) -> Needs:
     """Sizes and strides by what they are multiples of, as Triton does it, or all of them as constants."""
     kernel = getattr(importlib.import_module(f"lora_jax.kernels.triton_{plan.kernel}"), f"{plan.kernel}_kernel")
+    gluon = plan.kernel == "hopper_gemm"
     pointers = {parameter.name: f"*{dtype}" for parameter in kernel.params if parameter.name.endswith("_ptr")} | {
-        name: f"tensordesc<{dtype}[{rows},{columns}]>" for name, (rows, columns) in plan.blocks.items()
+        name: f"tensordesc<{dtype}[{rows},{columns}]{_layout(rows, columns) if gluon else ''}>"
+        for name, (rows, columns) in plan.blocks.items()
     }
-    pointers |= {"seed_ptr": "*i32" if plan.numbers["DROP"] else "*i8"}
+    pointers |= {"seed_ptr": "*i32" if plan.numbers.get("DROP") else "*i8"}
     if plan.kernel == "outer" or plan.parts > 1:
         pointers[plan.out] = "*fp32"
     signature, constants, attributes = {}, {}, {}
@@ -84,7 +99,7 @@ def compiled(plan: Launch, *, arch: int, dtype: str, by_jax: bool) -> Needs:
         if signature[name].startswith("*") or signature[name] == "i32" and value and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     built = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": plan.warps, "num_stages": plan.stages},
     )

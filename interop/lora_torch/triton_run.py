@@ -1,0 +1,173 @@
+"""Runs a `Launch` of `lora_jax.kernels.triton_plans` on torch tensors.
+
+The first call of a kind goes through Triton's front end, which compiles. It looks at every argument each time, and to
+Python that takes longer than a layer of moderate size takes a GPU: so later calls of a kind start what was compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, overload
+
+from lora_jax.kernels import triton_plans as plans
+from lora_jax.kernels.triton_plans import Launch, Matrix
+
+if TYPE_CHECKING:
+    import torch
+
+REMEMBERED = 4096  # kinds of calls. Each length of a sequence is one
+
+Operands = dict[str, "torch.Tensor | None"]
+_known: dict[Hashable, Any] = {}
+
+
+@overload
+def ready(key: Hashable, plan: Callable[[], Launch]) -> Ready: ...
+@overload
+def ready(key: Hashable, plan: Callable[[], Launch | None]) -> Ready | None: ...
+def ready(key: Hashable, plan: Callable[[], Launch | None]) -> Ready | None:
+    """What was made for `key` before, else of `plan()`. The key says of each tensor how it `lies`."""
+    if key in _known:
+        return _known[key]
+    planned = plan()
+    if len(_known) >= REMEMBERED:
+        _known.clear()
+    found = _known[key] = None if planned is None else Ready(planned)
+    return found
+
+
+def lies(tensor: torch.Tensor) -> Hashable:
+    """All that a compiled kernel depends on."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
+
+
+class Ready:
+    """A plan and, once it has run, the compiled kernel with the arguments that are the same in every call."""
+
+    def __init__(self, plan: Launch):
+        self.plan = plan
+        self.sum: Ready | None = None
+        self.start: Callable[..., None] | None = None
+        self.arguments: list[Any] = []
+        self.places: list[tuple[int, str, Callable[[Any], Any] | None]] = []
+
+    def __call__(self, out: torch.Tensor, operands: Operands) -> torch.Tensor:
+        """Fills `out`; `operands` are the other tensors by the names of their pointers, all on one device."""
+        import torch
+
+        device = out.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self(out, operands)
+        plan = self.plan
+        target = out if plan.parts == 1 else out.new_empty(plan.parts * out.numel(), dtype=torch.float32)
+        operands = {**operands, plan.out: target}
+        if self.start is None:
+            self._first(operands)
+        else:
+            arguments = self.arguments.copy()
+            for at, name, described in self.places:
+                arguments[at] = operands[name] if described is None else described(operands[name])
+            self.start(*arguments)
+        if target is out:
+            return out
+        if self.sum is None:
+            self.sum = Ready(plans.total(out.numel(), plan.parts))
+        return self.sum(out, {"parts_ptr": target})
+
+    def _first(self, operands: Operands) -> None:
+        plan, kernel = self.plan, _kernel(self.plan.kernel)
+        gluon = plan.kernel == "hopper_gemm"
+        described = {name: _descriptors(operands[name], block, gluon) for name, block in plan.blocks.items()}
+        arguments: dict[str, Any] = operands | plan.numbers
+        for name, describe in described.items():
+            arguments[name] = describe(operands[name])
+        compiled = kernel[(plan.programs,)](**arguments, num_warps=plan.warps, num_stages=plan.stages)
+        if compiled is None:  # the interpreter
+            return
+        names = [parameter.name for parameter in kernel.params]
+        self.arguments = [arguments[name] for name in names]
+        self.places = []
+        for at, name in enumerate(names):
+            if operands.get(name) is not None:
+                self.arguments[at] = None  # keeps no tensor alive
+                self.places.append((at, name, described.get(name)))
+        self.start = compiled[plan.programs, 1, 1]
+
+
+def _descriptors(like: Any, block: tuple[int, int], gluon: bool) -> Callable[[Any], Any]:
+    """Makes descriptors of tensors that lie as `like` does, without checking each anew."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    arguments = [like, list(like.shape), list(like.stride()), list(block)]
+    if gluon:
+        import triton.language as tl
+        from triton.experimental.gluon.language import NVMMASharedLayout
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        arguments.append(NVMMASharedLayout.get_default_for(list(block), tl.float16))  # any of 16 bits
+    template = vars(TensorDescriptor(*arguments))
+    rest = {name: value for name, value in template.items() if name != "base"}
+
+    def describe(tensor: Any) -> Any:
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        made.__dict__.update(rest, base=tensor)
+        return made
+
+    return describe
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    """`<name>_kernel` of `lora_jax/kernels/triton_<name>.py`, which imports triton."""
+    try:
+        return getattr(importlib.import_module(f"lora_jax.kernels.triton_{name}"), f"{name}_kernel")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModuleNotFoundError("the Triton kernels need triton: install `lora-jax[triton]`", name="triton") from None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU. It decides when a kernel is imported, so the answer never changes."""
+    return "Interpreted" in type(_kernel("sum")).__name__
+
+
+@functools.cache
+def sms(device: int | None) -> int:
+    """Multiprocessors of a CUDA device; 4 stands in for them under the interpreter."""
+    import torch
+
+    return 4 if device is None else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _has_tma(device: int | None) -> bool:
+    """Whether the device copies tiles by descriptor (Hopper and later); the interpreter does."""
+    import torch
+
+    return device is None or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def seen(tensor: torch.Tensor) -> Matrix:
+    """Rows of a descriptor begin at multiples of 16 bytes, and so must the first."""
+    (rows, columns), (row, column) = tensor.shape, tensor.stride()
+    tma = tensor.data_ptr() % 16 == 0 and _has_tma(tensor.device.index)
+    return Matrix((rows, columns), (row, column), tensor.element_size(), tma)
+
+
+@functools.cache
+def has_hopper_kernel(device: int | None) -> bool:
+    """Whether the device is of the one kind that `triton_hopper_gemm` is for, and this Triton can compile it."""
+    import torch
+
+    if device is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        _kernel("hopper_gemm")
+    except ImportError:  # before Triton 3.6
+        return False
+    return True
