@@ -5,9 +5,10 @@
 Needs torch and triton; real `peft` takes part where it is installed, NeMo Automodel too. Every candidate is first
 compared with the float64 result: y, dx, dA and dB. One JSON line a figure; a table comes last.
 
-Times are CUDA events around bursts of calls on inputs that take turns, without a CUDA graph: what Python needs to
-launch counts where the GPU has to wait for it (`host_us` is that time alone). The frozen linear runs before and after
-each candidate, and a ratio is taken to the mean of the two: a GPU is faster after a pause than in the middle of a run.
+Times are CUDA events around bursts of calls on inputs that take turns. What Python needs to launch counts where the GPU
+has to wait for it (`host_us` is that time alone); "captured" passes are replays of a CUDA graph, where it does not. The
+frozen linear runs before and after each candidate, and a ratio is taken to the mean of the two: a GPU is faster after a
+pause than in the middle of a run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 import triton
 from torch import nn
 
-from lora_torch import triton_ops as ops
 from lora_torch.lora import patch_linear_module
 
 SHAPES = [
@@ -45,6 +45,8 @@ ALPHA_PER_RANK = 2.0
 SETS = 3  # of inputs and weights that take turns, so that none is found in the L2 cache
 # Norm of the error over norm of the result: bfloat16 rounds by up to 2**-9, and eager code does so three times.
 ALLOWED = 2.0**-7
+CAPTURED = ", captured"
+KINDS = ("forward", "forward + backward", "forward" + CAPTURED, "forward + backward" + CAPTURED)
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -76,23 +78,6 @@ class Addmm(torch.autograd.Function):
         x, w, a, b, h = ctx.saved_tensors
         g = (dy @ b) * ALPHA_PER_RANK
         return (dy @ w).addmm_(g, a), None, g.T @ x, dy.T @ h
-
-
-class ThinKernels(torch.autograd.Function):
-    """Our kernels for the thin passes, the library for products of full size: the other way to use them."""
-
-    @staticmethod
-    def forward(ctx, x, w, a, b):
-        h = ops.down(x, a.T, ALPHA_PER_RANK)
-        ctx.save_for_backward(x, w, a, b, h)
-        return F.linear(x, w).addmm_(h, b.T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, a, b, h = ctx.saved_tensors
-        g = ops.down(dy, b, ALPHA_PER_RANK)
-        dx = (dy @ w).addmm_(g, a)
-        return dx, None, ops.outer(g, x).to(a.dtype), ops.outer(h, dy).T.to(b.dtype)
 
 
 class Plain(nn.Module):
@@ -131,13 +116,12 @@ MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
     "eager formula": Eager,
     "torch.compile": lambda linear, r, rate: torch.compile(Eager(linear, r, rate)),  # pyright: ignore
     "addmm function": lambda linear, r, rate: Plain(Addmm, linear, r),
-    "thin kernels": lambda linear, r, rate: Plain(ThinKernels, linear, r),
     "NeMo Automodel": by_nemo,
     "LinearLoRA": lambda linear, r, rate: ours(linear, r, rate, use_triton=False),
     "TritonLinearLoRA": ours,
     "TritonLinearLoRA, x @ A kept": lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
 }
-WITHOUT_DROPOUT = ("addmm function", "thin kernels")  # theirs would need a stored mask
+WITHOUT_DROPOUT = ("addmm function",)  # it would need a stored mask
 
 
 class Candidate:
@@ -190,6 +174,21 @@ class Candidate:
         return max(distance), min(without)
 
 
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """Replays of a CUDA graph of SETS calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(SETS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(SETS):
+            call()
+    return graph.replay
+
+
 def burst(call: Callable[[], None], count: int) -> float:
     """Microseconds a call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -214,37 +213,40 @@ def host(call: Callable[[], None], count: int = 20) -> float:
 
 def measure(frozen: Candidate, candidates: list[Candidate], kind: str, rounds: int, seconds: float):
     """A row for the frozen linear and for each candidate."""
-
-    def call(each: Candidate) -> Callable[[], None]:
-        return each.forward if kind == "forward" else each.both
-
     everyone = [frozen, *candidates]
+    graphs = kind.endswith(CAPTURED)
+    per_call = SETS if graphs else 1
+    calls = {each.row: each.both if "backward" in kind else each.forward for each in everyone}
     counts = {}
-    for each in everyone:
+    for row, call in calls.items():
         for _ in range(SETS):
-            call(each)()
-        counts[each.row] = max(3, round(seconds * 1e6 / burst(call(each), 5)))
-    times: dict[str, list[float]] = {each.row: [] for each in everyone}
+            call()
+        if graphs:
+            calls[row] = captured(call)
+        counts[row] = max(3, round(seconds * 1e6 / burst(calls[row], 5)))
+    times: dict[str, list[float]] = {row: [] for row in calls}
     ratios: dict[str, list[float]] = {each.row: [] for each in candidates}
-    burst(call(frozen), counts["frozen"])
+
+    def timed(row: str) -> float:
+        times[row].append(burst(calls[row], counts[row]) / per_call)
+        return times[row][-1]
+
+    burst(calls["frozen"], counts["frozen"])
     for _ in range(rounds):
-        before = burst(call(frozen), counts["frozen"])
-        times["frozen"].append(before)
-        for each in candidates:
-            times[each.row].append(burst(call(each), counts[each.row]))
-            after = burst(call(frozen), counts["frozen"])
-            times["frozen"].append(after)
-            ratios[each.row].append(2 * times[each.row][-1] / (before + after))
+        before = timed("frozen")
+        for row in ratios:
+            here = timed(row)
+            after = timed("frozen")
+            ratios[row].append(2 * here / (before + after))
             before = after
-    for each in everyone:
-        low, _, high = statistics.quantiles(ratios.get(each.row) or [1.0, 1.0], n=4, method="inclusive")
+    for row, call in calls.items():
+        low, _, high = statistics.quantiles(ratios.get(row) or [1.0, 1.0], n=4, method="inclusive")
         yield {
-            "row": each.row,
-            "median_us": round(statistics.median(times[each.row]), 2),
-            "ratio": round(statistics.median(ratios.get(each.row) or [1.0]), 4),
+            "row": row,
+            "median_us": round(statistics.median(times[row]), 2),
+            "ratio": round(statistics.median(ratios.get(row) or [1.0]), 4),
             "ratio_spread": [round(low, 4), round(high, 4)],
-            "host_us": round(host(call(each)), 1),
-        }
+        } | ({} if graphs else {"host_us": round(host(call), 1)})
 
 
 def rows_of(shape: tuple[int, ...], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
@@ -264,7 +266,7 @@ def rows_of(shape: tuple[int, ...], rounds: int, seconds: float) -> Iterator[dic
                     raise SystemExit(f"{row} {shape} is wrong: error {error:.1e}, without the adapter {without:.1e}")
                 yield {"row": row, "pass": "check", "rate": rate, "error": error, "error_without_adapter": without}
             candidates.append(candidate)
-        for kind in ("forward", "forward + backward"):
+        for kind in KINDS:
             for row in measure(frozen, candidates, kind, rounds, seconds):
                 yield {"pass": kind, "rate": rate} | row
 
@@ -306,7 +308,7 @@ def about(commit: str | None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = []
-    for rate, kind in itertools.product((0.0, 0.1), ("forward", "forward + backward")):
+    for rate, kind in itertools.product((0.0, 0.1), KINDS):
         here = [row for row in rows if row["pass"] == kind and row["rate"] == rate]
         names = list(dict.fromkeys(row["row"] for row in here if row["row"] != "frozen"))
         lines.append(f"\n{kind}, dropout {rate}: microseconds of the frozen linear, then ratios to it")
