@@ -205,17 +205,6 @@ def test_dare_draws_and_rescales(method, keys):
     assert not np.array_equal(values(again)[0], got[0])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "dare" not in m])
-def test_the_order_of_adapters_does_not_matter(method):
-    adapters, weights = [adapter_of(i, 3, 2.0 + i, ["q.kernel"]) for i in range(3)], [0.5, -1.25, 2.0]
-    options = {} if method in ("cat", "svd", "linear") else {"density": 0.5}
-    want = changes(lj.combine(adapters, weights, method, **options))
-    for order in ([1, 2, 0], [0, 2, 1]):
-        got = lj.combine([adapters[i] for i in order], [weights[i] for i in order], method, **options)
-        assert worst(changes(got), want, terms=1000) <= 1
-    assert worst(changes(lj.combine(adapters, [-1.25, 0.5, 2.0], method, **options)), want, terms=1000) > 1
-
-
 def test_every_method_makes_an_adapter_of_its_own(keys):
     """Finite, of the parameters of all, and none like another."""
     adapters, weights = [adapter_of(i, 3, 2.0 + i, ["q.kernel"]) for i in range(2)], [0.5, 1.5]
