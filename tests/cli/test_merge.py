@@ -479,6 +479,10 @@ BAD = {
         "path_initial_model_for_weight_conversion",
     ),
     "alora": (_json("adapter/adapter_config.json", alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+    "qalora": (
+        _json("adapter/adapter_config.json", use_qalora=True),
+        "`use_qalora=True` is not supported here; `lora_torch.load_peft` reads it",
+    ),
     "replication": (_json("adapter/adapter_config.json", layer_replication=[[0, 2]]), "layer_replication"),
     "a key from the future": (_json("adapter/adapter_config.json", use_magic=True), "use_magic=True"),
     "quantised": (_json("base/config.json", quantization_config={"bits": 4}), "quantised"),
