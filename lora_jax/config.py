@@ -17,6 +17,15 @@ NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "xavier", "gaussian", "orthogonal", "random")
+# Functions of `lora_jax.inits`: they need weights or data, and most of them return another base.
+COMPUTED_INITS = {
+    "pissa": "adapter, params = inits.pissa(plan, params)",
+    "olora": "adapter, params = inits.olora(plan, params)",
+    "loftq": "adapter, params = inits.loftq(plan, params)",
+    "corda": "adapter, params = inits.corda(plan, fn, params, batches)",
+    "eva": "adapter = inits.eva(plan, fn, params, batches)",
+    "lora_ga": "adapter, params = inits.lora_ga(plan, loss, params, batches)",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class LoRAConfig:
     - `dropout`: probability on the input of the low-rank branch, in [0, 1), kept to 1/65536. Active only when a key is
       given, and not on embeddings that are looked up; the plan notes every parameter on which it has no effect.
     - `init`: `"kaiming"` (A ~ U(±1/sqrt(fan_in)), B = 0: PEFT's default), `"xavier"`, `"gaussian"`,
-      `"orthogonal"`, or `"random"` (A and B both random: PEFT's `init_lora_weights=False`, for tests).
+      `"orthogonal"`, or `"random"` (A and B both random: PEFT's `init_lora_weights=False`, for tests). Values computed
+      from weights or data (PiSSA, EVA, …) are functions, in `lora_jax.inits`.
     - `dtype`: of the factors; float32 unless told otherwise, whatever the base's dtype.
 
     **Raises:** `ValueError` or `TypeError` that says what to write instead.
@@ -115,7 +125,7 @@ class LoRAConfig:
             raise ValueError(f"`dropout={self.dropout!r}` must be a probability in [0, 1), e.g. 0.05.")
         set_("dropout", _plain(self.dropout))
         if self.init not in INITS:
-            raise ValueError(f"`init={self.init!r}` is unknown; {_did_you_mean(str(self.init), INITS)}")
+            raise ValueError(f"`init={self.init!r}` {_no_init(str(self.init))}")
         set_("dtype", _float_dtype(self.dtype))
 
     def _check_layers(self) -> None:
@@ -200,6 +210,18 @@ def _check_known(data: Mapping[str, Any]) -> None:
 def _did_you_mean(word: str, choices: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=2)
     return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(choices)}."
+
+
+def _no_init(name: str) -> str:
+    """Why this is no value of `init`, and what to write."""
+    word = name.lower().partition("_niter_")[0].replace("-", "_")
+    computed = "lora_ga" if word == "loraga" else word
+    if computed not in COMPUTED_INITS:
+        return f"is unknown; {_did_you_mean(name, INITS)}"
+    return (
+        "is computed, from more than a key: leave `init` out, plan, and call "
+        f"`{COMPUTED_INITS[computed]}` (`from lora_jax import inits`)."
+    )
 
 
 def _is_number(value: Any) -> bool:

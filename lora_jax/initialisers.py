@@ -22,7 +22,8 @@ def init_factors(site: Site, key: jax.Array, init: str, dtype: str) -> tuple[jax
     - `"orthogonal"`: both nonzero with A·B = 0 (PEFT's `init_lora_weights="orthogonal"`); rank must be even.
     - `"random"`: A ~ U(±1/sqrt(fan_in)), B ~ U(±1/sqrt(rank)) (PEFT's `init_lora_weights=False`).
 
-    Embeddings have A = 0 and B ~ N(0, 1), as PEFT's, except with `"random"` and `"orthogonal"`.
+    Embeddings have A = 0 and B ~ N(0, 1), as PEFT's, except with `"random"` and `"orthogonal"`. (PEFT's `False` draws
+    both factors of an embedding from N(0, 1), a change many times the size of the table.)
 
     **Raises:** `ValueError` for an odd rank with `"orthogonal"`, and for float64 without JAX's 64-bit mode.
     """

@@ -118,7 +118,7 @@ def _biases(leaves: Mapping[tuple[str, ...], Any], adapter: Adapter, sign: float
         if site.lora_bias:
             # A layer's bias has the axes of its weight that are kept, stacked ones first.
             kept = dict.fromkeys(atom.axis for role in "lo" for atom in site.atoms_of(role))
-            path, shape = (*site.path[:-1], "bias"), tuple(site.shape[axis] for axis in kept)
+            path, shape = _bias_path(site), tuple(site.shape[axis] for axis in kept)
             home = leaves.get(path)
             if home is None or tuple(home.shape) != shape or site.path[-1] not in ("kernel", "weight"):
                 homeless.append(f"`{site.name}` (a `{'.'.join(path)}` of shape {shape})")
@@ -132,6 +132,10 @@ def _biases(leaves: Mapping[tuple[str, ...], Any], adapter: Adapter, sign: float
             "give these layers a bias of zeros."
         )
     return out
+
+
+def _bias_path(site: Site) -> tuple[str, ...]:
+    return (*site.path[:-1], "bias")
 
 
 def _merged(leaf: Any, site: Site, adapter: Adapter) -> Any:
@@ -163,8 +167,8 @@ def _unmerged(leaf: Any, site: Site, adapter: Adapter, norm: Any) -> Any:
 
 def _refuse_not_finite(merged: Any, adapter: Adapter) -> None:
     paths, leaves, _ = tracing.flatten_params(merged)
-    adapted = {site.path for site in adapter.sites}
-    found = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if path in adapted]
+    changed = {site.path for site in adapter.sites} | {_bias_path(site) for site in adapter.sites if site.lora_bias}
+    found = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if path in changed]
     try:
         bad = [".".join(path) for path, leaf in found if not bool(jnp.isfinite(leaf).all())]
     except jax.errors.ConcretizationTypeError as error:

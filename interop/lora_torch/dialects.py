@@ -128,7 +128,7 @@ def translate(
             f"`decoder` is for the way from or to torchtune, not from {source!r} to {target!r}; leave it out"
         )
     tensors = take_apart(state_dict, source, adapter_name)
-    _check_bias(tensors, source, target)
+    check_bias(tensors, source, target)
     kept = {key: x for key, x in tensors.values.items() if keep == "all" or (key[1] in PARTS) == (keep == "adapter")}
     marked = tensors.adapted | frozenset(adapted)
     if decoder is not None:
@@ -224,8 +224,11 @@ def _why(name: str, source: str) -> str:
     return f"has a name of {others[0]!r}; pass that as the source" if others else "is no factor that is known here"
 
 
-def _check_bias(tensors: Tensors, source: str, target: str) -> None:
-    """torchtune's DoRA scales the bias, the others' does not."""
+def check_bias(tensors: Tensors, source: str, target: str) -> None:
+    """**Raises** `ValueError` for layers that compute something else there.
+
+    torchtune's DoRA scales the bias, the others' does not.
+    """
     if (source == "torchtune") == (target == "torchtune") or target == "plain":
         return
     biased = [m for m, part in tensors.values if part == MAGNITUDE and (m, "bias") in tensors.values]

@@ -20,10 +20,11 @@ import numpy as np
 from lora_jax.adapters import Adapter, expected_leaves
 from lora_jax.planning import Plan
 from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import MAGNITUDE as LEAF
 
 from .arrays import KINDS, Kind, convert, kind_of, ops_of, shape_dtype
 from .checks import kept_by
-from .dialects import MAGNITUDE, PARTS, A, B, DialectName, Tensors, put_together, take_apart
+from .dialects import MAGNITUDE, PARTS, A, B, DialectName, Tensors, check_bias, put_together, take_apart
 from .live_models import check_scales, dialect_of, raise_together
 from .naming import nearest
 from .peft_full import full_tensors
@@ -32,6 +33,11 @@ from .peft_tensors import Factors, Placement, from_modules, to_modules
 from .torchtune_names import TuneDecoder
 
 _PEFT = ("peft", "peft-file")
+# What the adapters here are called beside the dialects of torch.
+_JAX = "lora_jax"
+# One number for each output: the leaf here, the part there.
+_VECTORS = {LEAF: MAGNITUDE}
+_CALLED = {A: "lora_A", B: "lora_B", MAGNITUDE: "magnitude"}
 
 
 def adapter_to_torch(
@@ -53,7 +59,10 @@ def adapter_to_torch(
         `lora_torch.arrays`.
 
     **Returns:** names to contiguous arrays in the factors' dtype: A (rank, in) and B (out, rank), a pair for each layer
-    of a stack, and the whole tensors of `modules_to_save`.
+    of a stack, with DoRA's magnitudes (out,), and the whole tensors of `modules_to_save`.
+
+    A DoRA layer of torchtune multiplies its bias by the magnitude, one here does not: give it none.
+    `load_torch_adapter` refuses a layer that has one.
 
     **Raises:** `ValueError` listing every site that is no linear layer in torch, or has no name.
     """
@@ -65,8 +74,10 @@ def adapter_to_torch(
     for place in linear_places(adapter.sites, names):
         exact = kind if place.is_plain else "numpy"
         a, b = (convert(x, exact) for x in adapter.factors(place.site))
-        for module, found in to_modules(place, a, b).items():
-            values[module, A], values[module, B] = (convert(x, kind) for x in (found.a, found.b))
+        vectors = {name: convert(x, exact) for name, x in adapter.vectors(place.site).items()}
+        for module, found in to_modules(place, a, b, vectors).items():
+            parts = {A: found.a, B: found.b} | {_VECTORS[name]: x for name, x in found.vectors.items()}
+            values |= {(module, part): convert(x, kind) for part, x in parts.items()}
     for name, value in _whole(adapter, dialect, naming).items():
         module, _, tensor = name.rpartition(".")
         values[module, tensor] = convert(value, kind)
@@ -99,8 +110,8 @@ def adapter_from_torch(
     - `dtype`: of the leaves; None keeps each as it is stored.
     - `copy`: False lets leaves share memory with the model, which must then not be trained further.
 
-    **Raises:** `ValueError` listing every module that only one side adapts, every shape, rank and scale that is not the
-    plan's, and DoRA magnitudes.
+    **Raises:** `ValueError` listing every module that only one side adapts, with DoRA or at all, and every shape, rank
+    and scale that is not the plan's; for a DoRA layer of torchtune that has a bias.
     """
     sites = plan_or_sites.sites if isinstance(plan_or_sites, Plan) else tuple(plan_or_sites)
     placed = linear_places(sites, names)
@@ -115,7 +126,9 @@ def adapter_from_torch(
         raise ValueError("say the `dialect` of a state dict: 'lora', 'torchtune', 'peft' or 'peft-file'")
     full = [site for site in sites if site.is_full]
     _refuse_full(full, dialect)
-    values = take_apart(state_dict, dialect, adapter_name).values
+    tensors = take_apart(state_dict, dialect, adapter_name)
+    check_bias(tensors, dialect, _JAX)
+    values = tensors.values
     if decoder is not None:
         _only_torchtune(dialect)
         values = _moved({key: x for key, x in values.items() if full or key[1] in PARTS}, decoder.to_hf)
@@ -125,16 +138,19 @@ def adapter_from_torch(
     for place in placed:
         scale = place.site.scale
         exact = kind_of(found[place.names[0]][A]) if place.is_plain else "numpy"
-        pairs = {
-            name: Factors(convert(found[name][A], exact), convert(found[name][B], exact), scale) for name in place.names
-        }
+        pairs = {}
+        for name in place.names:
+            parts = {part: convert(x, exact) for part, x in found[name].items()}
+            vectors = {leaf: parts[part] for leaf, part in _VECTORS.items() if part in parts}
+            pairs[name] = Factors(parts[A], parts[B], scale, vectors=vectors)
         joined = from_modules(place, pairs)
         if joined.rank != place.site.rank:  # a fused kernel whose modules do not share one A
             raise ValueError(
                 f"{', '.join(place.names)} have different lora_A, but `{place.site.name}` has one for all of them: its "
                 f"rank would be {joined.rank}, not {place.site.rank}. Save the adapter, and plan with `plan_peft`"
             )
-        leaves[place.site.leaf_path(LORA_A)], leaves[place.site.leaf_path(LORA_B)] = joined.a, joined.b
+        named = {LORA_A: joined.a, LORA_B: joined.b, **joined.vectors}
+        leaves |= {place.site.leaf_path(name): x for name, x in named.items()}
     leaves |= _whole_leaves(full, as_naming(names), values)
     return Adapter.from_leaves({path: _to_jax(x, dtype, copy, path) for path, x in leaves.items()}, sites)
 
@@ -160,7 +176,11 @@ def load_torch_adapter(
     check_scales(model, scales_of(linear_places(adapter.sites, names), decoder), adapter_name)
     state = adapter_to_torch(adapter, dialect, names=names, adapter_name=adapter_name, decoder=decoder)
     own = dict(model.named_parameters(remove_duplicate=False))
-    problems = [_dora(module) for module, part in take_apart(own, dialect, adapter_name).values if part == MAGNITUDE]
+    tensors = take_apart(own, dialect, adapter_name)
+    check_bias(tensors, dialect, _JAX)
+    lengths = {(module, part): module for module, part in tensors.values if part == MAGNITUDE}
+    named = put_together(Tensors(lengths, frozenset()), dialect, adapter_name)
+    problems = [_dora(module) for name, module in named.items() if name not in state]
     problems += [f"the torch model has no parameter {name}{nearest(name, own)}" for name in state if name not in own]
     problems += [
         f"{name} is {tuple(own[name].shape)} in the torch model and {tuple(value.shape)} in JAX"
@@ -174,7 +194,7 @@ def load_torch_adapter(
 
 
 def linear_places(sites: Sequence[Site], names: Names) -> list[Placement]:
-    """Where each low-rank site goes. **Raises** `ValueError` for those that are no linear layers with A and B alone."""
+    """Where each low-rank site goes. **Raises** `ValueError` for those that are no linear layers, or train more."""
     placed = places(sites, as_naming(names))
     problems = [
         f"`{place.site.name}` is of kind {place.kind!r} in PyTorch: use `save_peft` and `load_peft` for it"
@@ -182,11 +202,11 @@ def linear_places(sites: Sequence[Site], names: Names) -> list[Placement]:
         if place.kind != "linear"
     ]
     for site in sites:
-        more = set(expected_leaves((site,))) - {site.leaf_path(LORA_A), site.leaf_path(LORA_B)}
+        more = set(expected_leaves((site,))) - {site.leaf_path(name) for name in (LORA_A, LORA_B, *_VECTORS)}
         if more and not site.is_full:
             leaves = ", ".join(".".join(path) for path in sorted(more))
             problems.append(f"`{site.name}` also trains {leaves}: use `save_peft` and `load_peft` for it")
-    raise_together("only A and B of linear layers can be exchanged with a torch model in memory", problems)
+    raise_together("only linear layers, and of them A, B and magnitudes, can be exchanged in memory", problems)
     return placed
 
 
@@ -201,7 +221,8 @@ def _problems(found: Mapping[str, Mapping[str, Any]], placed: Sequence[Placement
     out = []
     for name, place in wanted.items():
         parts = found.get(name, {})
-        if missing := [f"lora_{part.upper()}" for part in (A, B) if part not in parts]:
+        wants = (A, B, MAGNITUDE) if place.site.dora else (A, B)
+        if missing := [_CALLED[part] for part in wants if part not in parts]:
             out.append(f"{name}: no {' and no '.join(missing)}, for `{place.site.name}`{nearest(name, found)}")
             continue
         shapes = tuple(shape_dtype(parts[part])[0] for part in (A, B))
@@ -211,16 +232,18 @@ def _problems(found: Mapping[str, Mapping[str, Any]], placed: Sequence[Placement
                 f"{name}: lora_A {shapes[0]}, lora_B {shapes[1]} are not the plan's {(rank, *place.a_rest)}, "
                 f"{(place.out_size, rank)}; plan with the rank that they have"
             )
+        if place.site.dora and (length := shape_dtype(parts[MAGNITUDE])[0]) != (place.out_size,):
+            out.append(f"{name}: the magnitude is {length}, not the plan's {(place.out_size,)}")
     for name, parts in found.items():
         if name not in wanted:
             out.append(f"{name} is adapted, but not in the plan{nearest(name, wanted)}")
-        elif "magnitude" in parts:
+        elif MAGNITUDE in parts and not wanted[name].site.dora:
             out.append(_dora(name))
     return out
 
 
 def _dora(module: str) -> str:
-    return f"{module} has a DoRA magnitude, for which an adapter of lora_jax has no place; merge it in torch"
+    return f"{module} has a DoRA magnitude in the torch model, and none in JAX: plan with `use_dora=True`"
 
 
 def _whole(adapter: Adapter, dialect: str, naming: Any) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _join_vectors(place: Placement, modules: Mapping[str, Factors], scale: float
                 v if s == scale else fold(v, s / scale, n) for v, s, n in zip(values, scales, place.names, strict=True)
             ]
         sizes = [atom.size for atom in (*place.split, *place.outer)]
-        whole = np.stack(values).reshape(sizes)
+        whole = ops_of(kind_of(values[0])).stack(values).reshape(sizes)
         out[vector] = take(
             whole, (*place.split, *place.outer), {}, (*place.site.atoms_of("l"), *place.site.atoms_of("o"))
         )

@@ -10,8 +10,9 @@ import numpy as np
 
 from lora_jax import products
 from lora_jax.sites import LORA_BIAS, MAGNITUDE
-from lora_torch.peft_read import AdapterFile, read_described
+from lora_torch.peft_read import DELTA, AdapterFile, read_described
 from lora_torch.peft_settings import scaling
+from lora_torch.peft_tokens import indices_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,10 @@ class Adapter:
     modules: dict[str, LowRank]
     # Full values of base tensors, by tensor name: modules_to_save, trained biases, saved embeddings.
     replaced: dict[str, np.ndarray]
-    # DoRA magnitudes and trained token rows, by name: shown and compared. Rows are not merged.
+    # DoRA magnitudes and trained token rows, by name: shown and compared.
     others: dict[str, np.ndarray]
+    # Of these the token rows, by the module of their table: which rows, and their values (rows, features).
+    rows: dict[str, tuple[tuple[int, ...], np.ndarray]]
 
 
 def read_adapter(directory: Path | str) -> Adapter:
@@ -83,7 +86,11 @@ def read_adapter(directory: Path | str) -> Adapter:
     # Both change what lora_A and lora_B mean: the numbers shown would be wrong, not merely incomplete.
     for key in ("target_parameters", "use_qalora"):
         if file.config.get(key):
-            file.problems.append(f"`{key}={file.config[key]!r}` is not supported here")
+            file.problems.append(
+                f"`{key}={file.config[key]!r}` is not supported here; `lora_torch.load_peft` reads it for a model, and "
+                "`lora_jax.merge` merges it"
+            )
+    rows = {m: _rows(m, extras[DELTA], file) for m, extras in file.extras.items() if DELTA in extras}
     file.raise_if_any()
     config = {"r": 8, "lora_alpha": 8, **file.config}
     modules = {module: _low_rank(module, file) for module in file.pairs}
@@ -91,7 +98,7 @@ def read_adapter(directory: Path | str) -> Adapter:
     saved = {f"{module}.weight": value for module, value in file.bases.items()} | file.full
     others = {f"{m}.{name}": x for m, extras in file.extras.items() for name, x in extras.items() if name != LORA_BIAS}
     replaced, others = ({name: _float32(x) for name, x in found.items()} for found in (saved, others))
-    return Adapter(file.directory, config, modules, replaced, others)
+    return Adapter(file.directory, config, modules, replaced, others, rows)
 
 
 def _low_rank(module: str, file: AdapterFile) -> LowRank:
@@ -101,6 +108,15 @@ def _low_rank(module: str, file: AdapterFile) -> LowRank:
     extras = file.extras.get(module, {})
     bias, magnitude = (None if (x := extras.get(name)) is None else _float32(x) for name in (LORA_BIAS, MAGNITUDE))
     return LowRank(kind, a, b, alpha, scale, bias, magnitude)
+
+
+def _rows(module: str, values: np.ndarray, file: AdapterFile) -> tuple[tuple[int, ...], np.ndarray]:
+    said = indices_of(file, module)
+    if values.ndim != 2 or len(values) != len(said):
+        file.problems.append(f"{module}: {DELTA} is {values.shape}, for the {len(said)} rows of the configuration")
+    if len(set(said)) < len(said):
+        file.problems.append(f"{module}: the configuration trains a row twice, {list(said)}")
+    return said, _float32(values)
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

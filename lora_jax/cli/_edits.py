@@ -21,18 +21,19 @@ ROWS = 512  # rows updated at a time: a table of any size costs a few MB of floa
 
 
 class Change(NamedTuple):
-    """What an adapter says about one tensor: a full value, factors to add, a vector to add."""
+    """What an adapter says about one tensor: a full value, factors to add, a vector to add, rows by their numbers."""
 
     full: np.ndarray | None = None
     factors: LowRank | None = None
     added: np.ndarray | None = None
+    rows: tuple[tuple[int, ...], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """A change that was checked against its tensor, which it sees as (rows, columns).
 
-    new = (full or base) + scale * left @ right + added, with DoRA times magnitude / its norm
+    new = (full or base) + scale * left @ right + added, with DoRA times magnitude / its norm; or base with other `rows`
     """
 
     full: np.ndarray | None = None
@@ -42,6 +43,7 @@ class Edit:
     added: np.ndarray | None = None
     magnitude: np.ndarray | None = None  # float32, one for each row, or for each column if `of_columns`
     of_columns: bool = False
+    rows: tuple[np.ndarray, np.ndarray] | None = None  # (n,) row numbers and (n, columns) float32
 
     def apply(self, base: np.ndarray) -> tuple[np.ndarray, float, float]:
         """Computes in float32 (float64 for a float64 base) and rounds once, to the base's dtype.
@@ -71,6 +73,10 @@ class Edit:
                 block *= _over(self.magnitude[at], own).astype(exact)[:, None]
             if self.added is not None:
                 block += self.added.reshape(rows, -1)[at].astype(exact)
+            if self.rows is not None:
+                numbers, values = self.rows
+                here = (numbers >= i) & (numbers < i + len(block))
+                block[numbers[here] - i] = values[here]
             with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 new[at] = block.astype(base.dtype)
             rounded = new[at].astype(exact)
@@ -104,8 +110,9 @@ def changes_of(adapter: Adapter) -> dict[str, Change]:
         for module, factors in adapter.modules.items()
         if factors.bias is not None
     }
-    names = sorted({*low, *added, *adapter.replaced})
-    return {name: Change(adapter.replaced.get(name), low.get(name), added.get(name)) for name in names}
+    rows = {f"{module}.weight": found for module, found in adapter.rows.items()}
+    names = sorted({*low, *added, *rows, *adapter.replaced})
+    return {n: Change(adapter.replaced.get(n), low.get(n), added.get(n), rows.get(n)) for n in names}
 
 
 def renaming(needed: Collection[str], available: Collection[str]) -> dict[str, str]:
@@ -160,9 +167,11 @@ def unadapted(adapter: Adapter, base: Checkpoint, names: Mapping[str, str]) -> l
 
 def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: Checkpoint) -> Edit:
     """Checks a change against the base tensor `name`. **Raises:** `ValueError` naming it, and both shapes."""
-    full, factors, added = change
+    full, factors, added, rows = change
     if entry.dtype.kind in "biu":
         raise ValueError(f"{name} is {entry.dtype} in the base (quantised?); only floats can be changed")
+    if rows is not None:
+        return _row_edit(name, entry, change)
     if full is not None and full.shape != entry.shape:
         hint = "; if the vocabulary was resized, resize the base's too" if full.ndim == 2 else ""
         raise ValueError(f"{name}: the adapter's value is {full.shape}, the base's {entry.shape}{hint}")
@@ -185,6 +194,21 @@ def make_edit(name: str, entry: Entry, change: Change, adapter: Adapter, base: C
     if flipped:
         left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
     return Edit(full, left, right, factors.scaling, added, factors.magnitude, of_columns=flipped)
+
+
+def _row_edit(name: str, entry: Entry, change: Change) -> Edit:
+    assert change.rows is not None
+    numbers, values = change.rows
+    if change.full is not None or change.factors is not None:
+        raise ValueError(f"{name} has trained rows, and factors or a whole value beside them: two values for one row")
+    if len(entry.shape) != 2 or values.shape[1:] != entry.shape[1:]:
+        raise ValueError(f"{name}: the trained rows are {values.shape}, the base's table {entry.shape}")
+    if outside := [n for n in numbers if n >= entry.shape[0]]:
+        raise ValueError(
+            f"{name} has {entry.shape[0]} rows in the base, and the adapter trains row {outside[0]}; if the vocabulary "
+            "was resized, resize the base's too"
+        )
+    return Edit(rows=(np.asarray(numbers), values))
 
 
 def _is_flipped(

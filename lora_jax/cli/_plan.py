@@ -10,7 +10,6 @@ from lora_jax.cli._edits import Edit, changes_of, make_edit, renaming, unadapted
 from lora_jax.cli._show import listed
 from lora_jax.cli._tied import find_tie, is_head, settle, touches_vocabulary
 from lora_jax.peft_config import refused_fields, without_init
-from lora_jax.sites import MAGNITUDE
 from lora_torch.hf_checkpoint import Checkpoint
 from lora_torch.peft_settings import unknown_settings
 
@@ -74,10 +73,9 @@ def _check_supported(adapter: Adapter) -> None:
     if config.get("layer_replication"):
         problems.append("`layer_replication` shares one weight between layers whose adapters differ")
     problems += unknown_settings(config)
-    problems += [f"{name} is not supported here" for name in adapter.others if not name.endswith(MAGNITUDE)]
     if problems:
         raise ValueError(f"{where} cannot be merged: {listed(problems)}.")
-    if not (adapter.modules or adapter.replaced):
+    if not (adapter.modules or adapter.replaced or adapter.rows):
         raise ValueError(f"{where} changes nothing.")
 
 

@@ -47,7 +47,9 @@ def is_head(name: str) -> bool:
 
 def touches_vocabulary(name: str, change: Change, base: Checkpoint) -> bool:
     """Whether a change may be one to the embedding or the head of a language model."""
-    full, factors, _ = change
+    full, factors = change.full, change.factors
+    if change.rows is not None:
+        return True
     embedding = factors is not None and factors.kind == "embedding"
     words = vocabulary_size(base)
     if words is None:
@@ -110,6 +112,14 @@ def settle(tie: Tie, base: Checkpoint, changes: Mapping[str, Change], untie: boo
     on_table, on_head = out.get(tie.table), out.get(named) if named else None
     if on_table is None and on_head is None:
         return Settled(out)
+    if on_table is not None and on_table.rows is not None:
+        if on_head is not None:
+            raise ValueError(
+                f"the base ties its output head to {tie.table}, of which the adapter trains rows, and it changes "
+                "the head as well: two values for one row."
+            )
+        # PEFT gives a tied head the trained rows too.
+        return Settled(out if tie.stored_head is None else {**out, tie.stored_head: on_table})
     if _agree(on_table, on_head, base, tie):
         if named not in base.entries:
             del out[str(named)]

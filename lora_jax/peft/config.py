@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from lora_jax.config import LoRAConfig
+from lora_jax.config import COMPUTED_INITS, LoRAConfig
 from lora_jax.peft_config import from_peft
 
 
@@ -20,10 +20,6 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-# Initial values that `lora_jax.inits` computes.
-COMPUTED = ("pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 
 
 @dataclass
@@ -120,7 +116,7 @@ class LoraConfig:
     def computed_init(self) -> str | None:
         """The initialiser of `lora_jax.inits` that `init_lora_weights` asks for, or None for random factors."""
         name = str(self.init_lora_weights).partition("_niter_")[0]
-        return name if name in COMPUTED else None
+        return name if name in COMPUTED_INITS else None
 
     def to_lora(self) -> LoRAConfig:
         """The configuration of this library. **Raises** `ValueError` naming every field that cannot be followed."""

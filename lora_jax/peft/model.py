@@ -360,6 +360,9 @@ class LoraModel(AdaptedModule):
             raise ValueError(f"there is no adapter {name!r}; there are {', '.join(map(repr, self._known.value))}.")
 
     def _must_be_new(self, name: str) -> None:
+        # It becomes the name of a folder in `save_pretrained`.
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"`adapter_name={name!r}` must be usable as the name of one folder, e.g. 'default'.")
         if name in self._known.value:
             raise ValueError(f"there is an adapter {name!r} already: choose another name, or delete it first.")
 

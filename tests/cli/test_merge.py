@@ -479,6 +479,10 @@ BAD = {
         "path_initial_model_for_weight_conversion",
     ),
     "alora": (_json("adapter/adapter_config.json", alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+    "qalora": (
+        _json("adapter/adapter_config.json", use_qalora=True),
+        "`use_qalora=True` is not supported here; `lora_torch.load_peft` reads it",
+    ),
     "replication": (_json("adapter/adapter_config.json", layer_replication=[[0, 2]]), "layer_replication"),
     "a key from the future": (_json("adapter/adapter_config.json", use_magic=True), "use_magic=True"),
     "quantised": (_json("base/config.json", quantization_config={"bits": 4}), "quantised"),
@@ -527,11 +531,67 @@ def test_partial_accepts_missing_modules(good, tmp_path):
     }
 
 
-def test_token_rows_are_refused(tmp_path, capsys):
+TOKEN_ROWS = {
+    "llama": (llama, [47, 7, 0]),
+    "llama tied": (lambda: llama(tie=True), {"embed_tokens": [7, 12]}),
+    "gpt2, which ties": (gpt2, {"wte": [7, 1]}),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_ROWS)
+def test_token_rows(tmp_path, case):
+    """They replace rows of the table, and with it of a head that is tied to it."""
     torch.manual_seed(0)
-    save_pair(tmp_path, llama(), peft.LoraConfig(**R4, trainable_token_indices=[1, 2], target_modules=["q_proj"]))
-    assert merge(tmp_path) == 2
-    assert "not supported here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    make, rows = TOKEN_ROWS[case]
+    target = "c_attn" if "gpt2" in case else "q_proj"
+    config = peft.LoraConfig(**R4, trainable_token_indices=rows, target_modules=[target])
+    model = make()
+    want, _ = save_pair(tmp_path, model, config, "20KB")
+    assert merge(tmp_path) == 0
+    assert np.abs(outputs(load(tmp_path, type(model))) - want).max() <= LOGITS
+    table = "transformer.wte.weight" if "gpt2" in case else "model.embed_tokens.weight"
+    base, out = (whole(tmp_path / name)[table] for name in ("base", "out"))
+    changed = sorted(rows if isinstance(rows, list) else next(iter(rows.values())))
+    assert list(np.flatnonzero((base != out).any(1))) == changed
+
+    # A wrong row would not go unnoticed, and one that the base does not have is told.
+    shutil.rmtree(tmp_path / "out")
+    moved = [changed[0] + 1, *changed[1:]] if isinstance(rows, list) else {k: [3, v[1]] for k, v in rows.items()}
+    _json("adapter/adapter_config.json", trainable_token_indices=moved)(tmp_path)
+    assert merge(tmp_path) == 0
+    assert np.abs(outputs(load(tmp_path, type(model))) - want).max() > 100 * LOGITS
+
+
+def whole(directory):
+    """The tensors of all shards."""
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_token_rows_that_do_not_fit(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(**R4, trainable_token_indices=[1, 2], target_modules=["q_proj"])
+    save_pair(tmp_path, llama(), config)
+    for rows, told in (
+        ([1, 48], "has 48 rows in the base, and the adapter trains row 48"),
+        ([1, 10**30], "trains row 1000000000"),
+        ([1], "is (2, 32), for the 1 rows"),
+        ([1, 1], "trains a row twice, [1, 1]"),
+    ):
+        _json("adapter/adapter_config.json", trainable_token_indices=rows)(tmp_path)
+        assert merge(tmp_path) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+    # The same rows from two sides: a copy of the tied head, and one of the table.
+    table, plain = whole(tmp_path / "base")["model.embed_tokens.weight"], tmp_path / "plain"
+    shutil.copytree(tmp_path / "adapter", plain)
+    for module, tied in (("lm_head", True), ("model.embed_tokens", False)):
+        shutil.rmtree(tmp_path / "adapter")
+        shutil.copytree(plain, tmp_path / "adapter")
+        _json("base/config.json", tie_word_embeddings=tied)(tmp_path)
+        saved = dict(modules_to_save=[module.split(".")[-1]], trainable_token_indices=[1, 2])
+        _json("adapter/adapter_config.json", **saved)(tmp_path)
+        _adapter(lambda t, m=module: t.update({f"base_model.model.{m}.weight": table}))(tmp_path)
+        assert merge(tmp_path) == 2
+        assert "two values for one row" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_float16_overflow_is_refused(tmp_path, capsys):

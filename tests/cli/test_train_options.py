@@ -84,6 +84,7 @@ def test_misspelt_names_are_refused(capsys, tmp_path):
         (["--resume", "--overwrite"], "give one of them"),
         (["--model.front_end", "nnx"], "nnx is for task=causal-lm"),
         (["--lora.rank", "0"], "`rank=0` must be a positive whole number"),
+        (["--lora.init", "pissa"], "call `adapter, params = inits.pissa(plan, params)`"),
         (["--task", "translation"], "translation"),
         (["--model.path", "nowhere"], "nowhere is not a Hugging Face model directory"),
     ],

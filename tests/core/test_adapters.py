@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import lora_jax as lj
 from lora_jax.sites import Site
@@ -158,11 +159,35 @@ def test_initial_distribution(init):
         assert np.max(abs(a)) <= 500**-0.5
 
 
-def test_initial_values_of_embeddings():
-    """As in PEFT: A is zero and B is not, so that rows seen first train first."""
-    plan = lj.plan(lambda p, i: p["e"][i], {"e": normal(7, 5)}, np.array([1, 2]), config=config(init="kaiming"))
+def conv(p, x):
+    return lax.conv(x, p["w"], (1, 1), "SAME")
+
+
+KINDS = {
+    "linear": (lambda p, x: x @ p["w"], (500, 40), (2, 500), 500),
+    "conv": (conv, (40, 60, 3, 3), (1, 60, 4, 4), 540),  # PEFT counts the window too
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_factors_are_uniform(kind):
+    """`init="random"` is PEFT's `False`: A as by default, and B within the root of the rank."""
+    fn, shape, x, fan_in = KINDS[kind]
+    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, x))
+    plan = lj.plan(fn, {"w": w}, x, config=config(init="random", rank=16))
     a, b = plan.init(jax.random.key(0)).factors(plan.sites[0])
-    assert (a.shape, b.shape) == ((7, 3), (3, 5)) and not np.any(a) and np.all(b)
+    for values, bound in ((a, fan_in**-0.5), (b, 0.25)):
+        assert 0.98 * bound < np.max(abs(values)) <= bound
+        assert abs(values.std() / bound * 3**0.5 - 1) < 5 / (2 * values.size) ** 0.5
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_initial_values_of_embeddings(init):
+    """As in PEFT: A is zero and B is N(0, 1), so that rows seen first train first."""
+    plan = lj.plan(lambda p, i: p["e"][i], {"e": normal(70, 50)}, np.array([1, 2]), config=config(init=init))
+    a, b = plan.init(jax.random.key(0)).factors(plan.sites[0])
+    assert (a.shape, b.shape) == ((70, 3), (3, 50)) and not np.any(a)
+    assert abs(b.mean()) < 5 / 150**0.5 and abs(b.std() - 1) < 5 / 300**0.5 and np.all(b)
 
 
 def test_an_odd_rank_has_no_orthogonal_start():

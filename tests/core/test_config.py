@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax import inits
+from lora_jax.config import COMPUTED_INITS
 from lora_jax.interpret import site_key
 from lora_jax.sites import Site
 
@@ -65,6 +68,10 @@ PARAMS = {"q": {"kernel": jnp.ones((4, 4))}}
         ("dropout", 1.0, ValueError, "`dropout=1.0` must be a probability"),
         ("dropout", float("nan"), ValueError, "`dropout=nan` must be a probability"),
         ("init", "kaimin", ValueError, "did you mean kaiming?"),
+        ("init", "pissa", ValueError, "is computed, from more than a key: leave `init` out, plan, and call"),
+        ("init", "pissa_niter_4", ValueError, "`adapter, params = inits.pissa(plan, params)`"),
+        ("init", "EVA", ValueError, "`adapter = inits.eva(plan, fn, params, batches)`"),
+        ("init", "lora-ga", ValueError, "`adapter, params = inits.lora_ga(plan, loss, params, batches)`"),
         ("dtype", "int8", TypeError, "cannot be trained"),
         ("dtype", "float31", TypeError, "is not a dtype"),
         ("layers_to_transform", [], ValueError, "`layers_to_transform` is empty"),
@@ -80,6 +87,17 @@ def test_a_wrong_value_says_what_to_write(field: str, value: Any, error: type[Ex
     with pytest.raises(error) as raised:
         lj.LoRAConfig(**{"target_modules": ["q"], field: value})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", COMPUTED_INITS)
+def test_a_computed_start_is_named_as_it_is_called(name: str) -> None:
+    """The call in the error is that of a function that there is, with the arguments that it takes."""
+    call = COMPUTED_INITS[name].split("inits.")[1]
+    function = getattr(inits, name)
+    assert call.startswith(f"{name}(")
+    given = call.removeprefix(f"{name}(").removesuffix(")").split(", ")
+    required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    assert given == required
 
 
 def test_layers_need_a_list_of_names() -> None:

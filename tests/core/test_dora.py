@@ -100,10 +100,11 @@ def test_a_new_adapter_has_the_norms_of_its_sum(name, init):
         plan.init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merge_and_unmerge(dtype):
+@pytest.mark.parametrize("dtype, stored", [("float32", "in out"), ("bfloat16", "in out"), ("float32", "out in")])
+def test_merge_and_unmerge(dtype, stored):
     params = cast({"w": normal(48, 40)}, dtype)
-    plan, adapter = planned(lambda p, x: x @ p["w"], params, cast(normal(2, 48), dtype))
+    fn, rows = (lambda p, x: x @ p["w"], 48) if stored == "in out" else (lambda p, x: x @ p["w"].T, 40)
+    plan, adapter = planned(fn, params, cast(normal(2, rows), dtype))
     site = plan.sites[0]
     merged = lj.merge(params, adapter)
     want = reference.merged(site, params["w"], *adapter.factors(site), adapter.vectors(site)[MAGNITUDE])

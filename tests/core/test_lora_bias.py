@@ -123,6 +123,16 @@ def test_merged_into_the_bases_bias():
     back = lj.unmerge(merged, adapter)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back, params)
 
+    before = np.array(params["heads"]["bias"])
+    broken = jax.tree_util.tree_map_with_path(
+        lambda p, x: jnp.full_like(x, jnp.inf) if "heads" in str(p) and LORA_BIAS in str(p) else x, adapter
+    )
+    assert not np.isfinite(lj.merge(params, broken)["heads"]["bias"]).any()
+    with pytest.raises(ValueError, match=r"not finite in heads\.bias: the adapter diverged"):
+        lj.merge(params, broken, safe=True)
+    np.testing.assert_array_equal(params["heads"]["bias"], before)
+    jax.tree.map(np.testing.assert_array_equal, lj.merge(params, adapter, safe=True), merged)
+
     bare = {"layer": {"kernel": jnp.asarray(normal(6, 7))}}
 
     def fn(p, x):

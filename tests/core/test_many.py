@@ -256,3 +256,6 @@ def test_what_does_not_fit_is_refused():
         many(params, bank.stack, np.ones(6), TOKENS)
     with pytest.raises(ValueError, match="`selection='sorted'` is none of"):
         lj.apply_many(model, plan, selection="sorted")
+    dora = lj.plan(model, params, TOKENS, config=config(target_modules=["heads"], use_dora=True))
+    with pytest.raises(ValueError, match=r"a bank cannot hold: `heads.kernel` has heads/lora_magnitude_vector/kernel"):
+        lj.AdapterBank.create(dora.sites, 2)

@@ -242,6 +242,21 @@ def test_all_entries_without_effect_are_in_one_error() -> None:
     assert all(f"entry `{entry}` matches nothing" in text for entry in ("zz", "yy", "xx"))
 
 
+def test_nothing_left_to_adapt_says_why() -> None:
+    """PEFT's four cases: no such module, all of them excluded, some of each, and nothing named."""
+    absent, excluded = "entry `zz` matches nothing", "entry `q` has no effect: `exclude_modules` entry `q` excludes"
+    only_absent, only_excluded = refusal(target_modules=["zz"]), refusal(target_modules=["q"], exclude_modules=["q"])
+    assert absent in only_absent and "excludes" not in only_absent
+    assert excluded in only_excluded and "matches nothing" not in only_excluded
+    both = refusal(target_modules=["q", "zz"], exclude_modules=["q"])
+    assert absent in both and excluded in both
+    assert "`target_modules='all-linear'` finds no linear weight" in refusal(
+        target_modules="all-linear", exclude_modules=r".*"
+    )
+    with pytest.raises(ValueError, match="`target_modules` is empty; name at least one module"):
+        lj.LoRAConfig(target_modules=[])
+
+
 # --- layers ----------------------------------------------------------------------------------------------------
 
 

@@ -53,8 +53,9 @@ def twin(tree=None):
     return model
 
 
-def planned():
-    return lj.plan(fn, params(), BATCHES[0], config=lj.LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=[*SHAPES]))
+def planned(**settings):
+    config = lj.LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=[*SHAPES], **settings)
+    return lj.plan(fn, params(), BATCHES[0], config=config)
 
 
 def config(**settings):
@@ -222,6 +223,21 @@ def test_export_with_the_new_base_or_converted(method, tmp_path):
     converted = save_peft(plain, tmp_path / "converted", plan)
     assert error(params(), converted) < 1e-5
     assert error(new_params, converted) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_conversion_with_rslora_and_patterns(method, tmp_path):
+    """Which PEFT refuses to convert: its one alpha cannot be right for every layer. Here each layer has its own."""
+    plan = planned(use_rslora=True, rank_pattern={"second": 2}, alpha_pattern={"third": 9.0})
+    initial, new_params = METHODS[method](plan, params())
+    adapter = trained(initial)
+    want = np.asarray(lj.apply(fn, plan)(new_params, adapter, BATCHES[0]))
+    plain = inits.to_original(adapter, initial, params(), new_params)
+    assert [site.rank for site in plain.sites] == [6, 4, 6]
+    model = peft.PeftModel.from_pretrained(twin(), save_peft(plain, tmp_path / "plain", plan))
+    assert np.abs(logits(model) - want).max() < 1e-5 * np.abs(want).max()
+    model.base_model.model.third.scaling["default"] *= 1.01
+    assert np.abs(logits(model) - want).max() > 1e-3 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -26,7 +26,15 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 import lora_jax as lj  # noqa: E402
 from lora_torch import config_for, load_peft, plan_peft, save_peft  # noqa: E402
 from tests.interop import peft_models  # noqa: E402
-from tests.interop.peft_models import IDS, agree, logits, peft_logits, random_adapter, transformers_logits  # noqa: E402
+from tests.interop.peft_models import (  # noqa: E402
+    IDS,
+    TOLERANCE,
+    agree,
+    logits,
+    peft_logits,
+    random_adapter,
+    transformers_logits,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of their own deprecations
 
@@ -50,6 +58,7 @@ OURS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, rsLoRA": ("llama", dict(rank=8, alpha=3.5, target_modules=["q_proj", "down_proj"], use_rslora=True), {}),
     "llama, embedding and head": ("llama", dict(rank=3, target_modules=["embed_tokens", "lm_head", "v_proj"]), {}),
     "gpt2": ("gpt2", dict(rank=4, target_modules=["c_attn", "c_proj", "c_fc"]), {}),
+    "gpt2, DoRA": ("gpt2", dict(rank=4, target_modules=["c_attn", "c_fc"], use_dora=True), {}),
     "gpt2, tied embedding": ("gpt2", dict(rank=4, target_modules=["wte", "c_attn"]), dict(tied=TIED)),
     "gpt2, tied embedding trained in full": (
         "gpt2",
@@ -103,6 +112,78 @@ def test_ours_in_peft_and_transformers(case: str, tmp_path: Path) -> None:
     # The bound fails where it should.
     assert not agree(base, want)
     assert not agree(peft_logits(model, edited(directory, double_alpha)), want)
+
+
+def test_dora_of_conv1d_is_merged_and_unmerged_as_in_peft(tmp_path: Path) -> None:
+    """GPT-2's layers, which PEFT transposes for its norms."""
+    model = twin("gpt2")
+    plan = model.plan(lj.LoRAConfig(rank=4, target_modules=["c_attn", "c_fc"], use_dora=True))
+    adapter = random_adapter(plan)
+    theirs = peft.PeftModel.from_pretrained(
+        model.make(), save_peft(adapter, tmp_path / "a", plan, names="hf-flax")
+    ).base_model
+    merged, norms = lj.merge(model.params, adapter), lj.weight_norms(model.params, adapter)
+    theirs.merge_adapter()
+    assert agree(logits(theirs), model.plain(merged)) and not agree(logits(theirs), model.base)
+    theirs.unmerge_adapter()
+    back = lj.unmerge(merged, adapter, norms)
+    for site in plan.sites:
+        layer = theirs.model.get_submodule(site.module)
+        rest, first = (np.asarray(_leaf(tree, site.path)) for tree in (back, model.params))
+        bound = TOLERANCE * np.abs(_leaf(merged, site.path)).max()
+        assert np.abs(rest - first).max() <= bound < np.abs(np.asarray(_leaf(merged, site.path)) - first).max()
+        # Flax stores GPT-2's kernels (out, in), PyTorch's Conv1D (in, out).
+        assert np.abs(layer.base_layer.weight.detach().numpy().T - first).max() <= bound
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "llama": dict(r=4, target_modules=["q_proj", "v_proj"]),
+    "gpt2": dict(r=4, target_modules=["c_attn"]),
+    "bert": dict(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_files_have_pefts_keys_and_shapes(name: str, tmp_path: Path) -> None:
+    """What is stored is the same set of tensors that PEFT itself stores, no more and no less."""
+    model, settings = twin(name), STORED[name]
+    peft.get_peft_model(model.make(), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "theirs")
+    saved = dict(modules_to_save=["classifier"]) if name == "bert" else {}
+    plan = model.plan(lj.LoRAConfig(rank=4, alpha=8, target_modules=settings["target_modules"], **saved))
+    task = settings.get("task_type")
+    save_peft(random_adapter(plan), tmp_path / "ours", plan, names="hf-flax", task_type=task)
+    ours, theirs = (
+        {key: (x.shape, x.dtype) for key, x in load_file(tmp_path / side / "adapter_model.safetensors").items()}
+        for side in ("ours", "theirs")
+    )
+    assert ours == theirs and len(ours) == {"llama": 8, "gpt2": 4, "bert": 10}[name]
+    mine, its = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs"))
+    # PEFT writes sets, in any order, and GPT-2's `fan_in_fan_out` as it found it.
+    for key in ("peft_type", "r", "lora_alpha", "bias", "fan_in_fan_out", "init_lora_weights", "inference_mode"):
+        assert mine[key] == its[key], key
+    assert set(mine["target_modules"]) == set(its["target_modules"]) and mine["task_type"] == its["task_type"]
+
+
+def test_a_module_and_its_weight_are_one_target(tmp_path: Path) -> None:
+    """The same factors under `target_modules` and under `target_parameters`: the same model, in PEFT and here."""
+    model = twin("llama")
+    plan = model.plan(lj.LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]))
+    adapter = random_adapter(plan)
+    want = model.ours(plan, adapter)
+    directory = save_peft(adapter, tmp_path / "a", plan, names="hf-flax")
+    assert agree(peft_logits(model, directory), want)
+    parameters = {"target_modules": [], "target_parameters": ["q_proj.weight", "v_proj.weight"]}
+    edited(directory, lambda config: config.update(parameters))
+    assert agree(peft_logits(model, directory), want) and not agree(model.base, want)
+    again = plan_peft(directory, model.fn, model.params, jnp.asarray(IDS), names="hf-flax")
+    assert {site.path for site in again.sites} == {site.path for site in plan.sites}
+    assert agree(model.ours(again, load_peft(directory, again, names="hf-flax")), want)
 
 
 def test_a_transposed_b_is_seen(tmp_path: Path) -> None:

@@ -231,6 +231,17 @@ def test_a_model_without_the_modules_of_the_file(tmp_path: Path) -> None:
     ]
 
 
+def test_an_adapter_of_torchs_attention_is_refused(tmp_path: Path) -> None:
+    """PEFT gives query, key and value of `MultiheadAttention` one A; Flax has three kernels and no such module."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    torch_model = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(8, 2, batch_first=True)})
+    peft.get_peft_model(torch_model, peft.LoraConfig(r=2, target_modules=["attn"])).save_pretrained(tmp_path)
+    model, x = nn.MultiHeadDotProductAttention(2), jnp.ones((1, 3, 8))
+    params = {"attn": model.init(jax.random.key(0), x)["params"]}
+    with pytest.raises(ValueError, match=r"none of the modules is in the model, whose own are called attn\.key, attn"):
+        plan_peft(tmp_path, lambda p, x: model.apply({"params": p["attn"]}, x), params, x, names="linen")
+
+
 def test_routers_are_planned_where_the_file_has_them(tmp_path: Path) -> None:
     params = {"mlp": {"gate": {"kernel": jnp.ones((4, 3))}, "up": {"kernel": jnp.ones((4, 3))}}}
     plan = plan_of(product, params, target_modules=["gate", "up"])

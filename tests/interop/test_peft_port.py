@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
@@ -72,6 +74,59 @@ def test_directories_both_ways(settings, tmp_path):
     back = peft.PeftModel.from_pretrained(module, tmp_path / "theirs", inputs=(X,))
     np.testing.assert_allclose(back(X), outputs(source), atol=1e-5)
     assert back.peft_config["default"].inference_mode and np.abs(np.asarray(back(X) - module(X))).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(r=16, lora_alpha=3),
+        dict(r=16, lora_alpha=3, use_rslora=True),
+        dict(rank_pattern={"up": 8}, alpha_pattern={"down": 10}),
+        dict(rank_pattern={"up": 8}, alpha_pattern={"up": 10}, use_rslora=True),
+        dict(r=8, lora_alpha=1, rank_pattern={"up": 8}, alpha_pattern={"up|down": 2}),  # the same rank, said again
+        dict(r=8, lora_alpha=1, alpha_pattern={"up|down": 2}),
+    ],
+)
+def test_ranks_and_scales(settings):
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": BOTH, **settings}
+    twin = theirs.get_peft_model(torch_twin(base()), theirs.LoraConfig(**settings)).base_model.model
+    mine = peft.get_peft_model(base(), peft.LoraConfig(**settings), inputs=(X,)).lora_layers()
+    for name in BOTH:
+        layer, its = mine[f"{name}.kernel"], getattr(twin, name)
+        assert layer.r == its.r and layer.lora_alpha == its.lora_alpha
+        assert layer.scaling == pytest.approx(its.scaling, rel=1e-12)
+
+
+# Parts of keys, of modules and of each other.
+HOSTILE = ["default", "def", "lora_A", "lora_", "up", "weight", "base_model", "__base__", "1", "up.kernel", "a b"]
+
+
+def test_names_of_adapters_are_in_no_key(tmp_path):
+    """Adapters with equal factors are equal files, whatever they are called; each is still told from the others."""
+    model = peft.get_peft_model(base(), config(), HOSTILE[0], inputs=(X,))
+    for name in HOSTILE[1:]:
+        model.add_adapter(name, config())
+        model.lora[name] = nnx.clone(model.lora["default"])
+    model.add_adapter("defaul", config(r=1))
+    for name in [*HOSTILE, "defaul"]:
+        model.set_adapter(name)
+        assert model.active_adapter == name and set(model.lora_layers()["up.kernel"].active_adapters) == {name}
+    model.save_pretrained(tmp_path)
+    stored = {
+        n: load_file((tmp_path if n == "default" else tmp_path / n) / "adapter_model.safetensors") for n in HOSTILE
+    }
+    assert {"base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"} < set(stored["default"])
+    for name in HOSTILE[1:]:
+        assert stored[name].keys() == stored["default"].keys()
+        assert all(np.array_equal(stored[name][key], value) for key, value in stored["default"].items())
+    twin = theirs.PeftModel.from_pretrained(torch_twin(model.base), tmp_path / "lora_A", "lora_A")
+    model.set_adapter("lora_A")
+    np.testing.assert_allclose(outputs(twin), model(X), atol=1e-5)
+    model.set_adapter("defaul")
+    assert np.abs(outputs(twin) - np.asarray(model(X))).max() > 0.01
+    for name in ("", ".", "..", "../up", "a/b", 3):
+        with pytest.raises(ValueError, match="must be usable as the name of one folder"):
+            model.add_adapter(name, config())
 
 
 def test_linen_keeps_its_names(tmp_path):

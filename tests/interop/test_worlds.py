@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as linen
 import jax
 import numpy as np
+import optax
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,11 +18,14 @@ pytest.importorskip("peft")
 from torch.distributed.checkpoint import save  # noqa: E402
 
 import lora_jax as lj  # noqa: E402
+from lora_jax.sites import MAGNITUDE  # noqa: E402
 from lora_torch import (  # noqa: E402
     adapter_from_torch,
     adapter_to_torch,
     from_torch_state_dict,
     load_torch_adapter,
+    optimizer_from_torch,
+    optimizer_to_torch,
     read_state_dict,
     to_torch_state_dict,
     translate,
@@ -30,6 +34,7 @@ from lora_torch import (  # noqa: E402
 from tests.interop.peft_models import agree  # noqa: E402
 from tests.interop.worlds import (  # noqa: E402
     ALPHA,
+    CONFIG,
     MODEL,
     PARAMS,
     PLAN,
@@ -77,6 +82,37 @@ def test_a_jax_adapter_in_a_torch_model_and_back(world: Any) -> None:
         assert same(adapter_from_torch(state, PLAN, world, names="linen"), adapter)
     narrow = adapter_from_torch(model.state_dict(), PLAN, world, names="linen", dtype="bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(narrow)} == {"bfloat16"}
+
+
+@each_world
+def test_dora(world: Any) -> None:
+    """Magnitudes go with the factors, and their moments with the factors' moments."""
+    params = jax.tree.map(lambda x: x, PARAMS)
+    for i in range(2):
+        params[f"layers_{i}"]["up"]["bias"] = jax.numpy.zeros(10)
+    plan = lj.plan(fn, params, X, config=CONFIG.replace(use_dora=True))
+    run = jax.jit(lj.apply(fn, plan))
+    adapter = random_adapter(2, plan)
+    want = np.asarray(run(params, adapter, X))
+    model = torch_model(world, base=base_state(params), dora=True)
+    held = {name: p.data_ptr() for name, p in model.named_parameters()}
+    load_torch_adapter(model, adapter)
+    assert agree(run_torch(model), want)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == held
+    at_first = jax.tree_util.tree_map_with_path(lambda p, x: x if MAGNITUDE not in str(p) else 1 + 0 * x, adapter)
+    assert not agree(np.asarray(run(params, at_first, X)), want)
+    assert same(adapter_from_torch(model, plan), adapter)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for kind in ("torch", "numpy", "jax"):
+        state = adapter_to_torch(adapter, world, kind=kind)
+        assert state.keys() == trained and len(trained) == 12
+        assert same(adapter_from_torch(state, plan, world), adapter)
+
+    tx, optimizer = optax.adam(1e-2), torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    state = tx.init(adapter)
+    state = jax.tree.map(lambda x: x + 3 if x.ndim == 0 else abs(x) + 0.1, (state[0]._replace(mu=adapter, nu=adapter),))
+    optimizer.load_state_dict(optimizer_to_torch(state, plan, model, optimizer))
+    assert same(optimizer_from_torch(optimizer, model, plan, (tx.init(adapter)[0],)), state)
 
 
 @pytest.mark.parametrize("source,target", list(itertools.permutations(WORLDS, 2)))

@@ -23,7 +23,17 @@ from lora_torch import (  # noqa: E402
 )
 from lora_torch import torchtune as tt  # noqa: E402
 from lora_torch.live_models import dialect_of  # noqa: E402
-from tests.interop.worlds import ALPHA, PARAMS, PLAN, RANK, WORLDS, TorchModel, random_adapter, torch_model  # noqa: E402
+from tests.interop.worlds import (  # noqa: E402
+    ALPHA,
+    CONFIG,
+    PARAMS,
+    PLAN,
+    RANK,
+    WORLDS,
+    TorchModel,
+    random_adapter,
+    torch_model,
+)
 
 each_world = pytest.mark.parametrize("world", WORLDS)
 ADAPTER = random_adapter(1)
@@ -87,10 +97,27 @@ def test_models_without_adapters_or_with_several_kinds() -> None:
         adapter_from_torch(torch_model("torchtune"), PLAN, "lora")
 
 
-def test_dora_has_no_place_in_an_adapter_of_ours() -> None:
+def test_dora_on_one_side_only() -> None:
+    plan = lj.plan(TWIN, PARAMS, jnp.ones((2, 6)), config=CONFIG.replace(use_dora=True))
+    plain, dora = torch_model("lora"), torch_model("lora", dora=True)
+    for call in (lambda: load_torch_adapter(dora, ADAPTER), lambda: adapter_from_torch(dora, PLAN)):
+        with pytest.raises(ValueError, match="layers.0.up has a DoRA magnitude in the torch model, and none in JAX"):
+            call()
+    with pytest.raises(ValueError, match="the torch model has no parameter layers.0.down.lora_magnitude"):
+        load_torch_adapter(plain, random_adapter(1, plan))
+    with pytest.raises(ValueError, match="layers.0.up: no magnitude, for `layers_0.up.kernel`"):
+        adapter_from_torch(plain, plan)
+    state = adapter_to_torch(random_adapter(1, plan), "lora")
+    state["layers.0.up.lora_magnitude"] = state["layers.0.up.lora_magnitude"][1:]
+    with pytest.raises(ValueError, match=r"layers.0.up: the magnitude is \(9,\), not the plan's \(10,\)"):
+        adapter_from_torch(state, plan, "lora")
+
+
+def test_dora_of_torchtune_scales_its_bias() -> None:
+    plan = lj.plan(TWIN, PARAMS, jnp.ones((2, 6)), config=CONFIG.replace(use_dora=True))
     model = TorchModel(lambda i, o, bias: tt.DoRALinear(i, o, RANK, ALPHA, use_bias=bias))
-    for call in (lambda: load_torch_adapter(model, ADAPTER), lambda: adapter_from_torch(model, PLAN)):
-        with pytest.raises(ValueError, match="layers.0.up has a DoRA magnitude, .* merge it in torch"):
+    for call in (lambda: load_torch_adapter(model, random_adapter(1, plan)), lambda: adapter_from_torch(model, plan)):
+        with pytest.raises(ValueError, match="layers.0.up.*: a DoRA layer of torchtune multiplies its bias"):
             call()
     # torchtune scales the bias of a DoRA layer, the others do not.
     with pytest.raises(ValueError, match="layers.0.up.*: a DoRA layer of torchtune multiplies its bias"):

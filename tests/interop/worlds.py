@@ -93,11 +93,17 @@ def base_state(params: Any = PARAMS) -> dict[str, Any]:
     return to_torch_state_dict(params, preset="linen", kind="torch", copy=True)
 
 
-def torch_model(world: DialectName, rank: int = RANK, alpha: float = ALPHA, base: Any = None) -> Any:
-    """The torch twin, adapted, with the base's values and an adapter of its own; only the adapter is trainable."""
+def torch_model(
+    world: DialectName, rank: int = RANK, alpha: float = ALPHA, base: Any = None, dora: bool = False
+) -> Any:
+    """The torch twin, adapted, with the base's values and an adapter of its own; only the adapter is trainable.
+
+    With DoRA the layers of torchtune have no bias, which it would scale.
+    """
     base = base_state() if base is None else base
     if world == "torchtune":
-        model = TorchModel(lambda i, o, bias: tt.LoRALinear(i, o, rank, alpha, use_bias=bias))
+        kind = tt.DoRALinear if dora else tt.LoRALinear
+        model = TorchModel(lambda i, o, bias: kind(i, o, rank, alpha, use_bias=bias and not dora))
         model.load_state_dict(base, strict=False)
         tt.set_trainable_params(model, tt.get_adapter_params(model))
         return model
@@ -106,11 +112,13 @@ def torch_model(world: DialectName, rank: int = RANK, alpha: float = ALPHA, base
     if world == "peft":
         import peft
 
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up", "down"])  # type: ignore[arg-type]
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["up", "down"], use_dora=dora)  # type: ignore[arg-type]
         return peft.get_peft_model(model, config)  # type: ignore[arg-type]
     from lora_torch.lora import PeftConfig, apply_lora_to_linear_modules  # pyright: ignore[reportMissingImports]
 
-    apply_lora_to_linear_modules(model, PeftConfig(target_modules=["*.up", "*.down"], dim=rank, alpha=alpha))
+    apply_lora_to_linear_modules(
+        model, PeftConfig(target_modules=["*.up", "*.down"], dim=rank, alpha=alpha, use_dora=dora)
+    )
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
