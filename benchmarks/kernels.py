@@ -299,10 +299,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sizes(text: str) -> list[tuple[int, ...]]:
+    """M x K x N x R each."""
+    return [tuple(map(int, each.split("x"))) for each in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=240, help="seconds; no shape is begun that may not fit")
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
+    parser.add_argument("--shapes", type=sizes, help="sizes instead, as 512x4096x4096x16,...")
     parser.add_argument("--implementation", choices=FAMILIES, default="mosaic_gpu")
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--commit", help="what to write as the commit where this is no git repository")
@@ -330,6 +336,8 @@ def main() -> None:
     print(f"checked {len(CHECKED)} sizes, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     todo = [(shape, True) for shape in ([SHAPES[0], SHAPES[4]] if options.quick else SHAPES)]
     todo += [] if options.quick else [(shape, False) for shape in FEW_ROWS]
+    if options.shapes:
+        todo = [(shape, shape in SHAPES) for shape in options.shapes]
     left_out = []
     for shape, alone in todo:
         began = time.perf_counter()

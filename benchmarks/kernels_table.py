@@ -26,7 +26,6 @@ COLUMNS = {
     "XLA LoRA, f + b, dropout": ("forward + backward", "XLA LoRA, dropout"),
     "kernels, f + b, dropout": ("forward + backward", "kernels, dropout"),
 }
-FEW_ROWS = 1024
 
 
 def read(path: Path) -> list[Row]:
@@ -55,10 +54,12 @@ def aligned(header: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
 
 
-def ratios(rows: list[Row], *, few: bool) -> str:
-    """One line a shape, and the geometric mean of each column where every shape has it."""
+def ratios(rows: list[Row], *, others: bool) -> str:
+    """One line a shape: those with lines of each kernel alone, and their geometric means; or `others`."""
     by = {(shape_of(row), row["pass"], row["row"]): row for row in rows}
-    shapes = [s for s in dict.fromkeys(map(shape_of, rows)) if (s[0] <= FEW_ROWS) == few]
+    whole = {shape_of(row) for row in rows if row["pass"] == "alone"}
+    shapes = [s for s in dict.fromkeys(map(shape_of, rows)) if (s not in whole) == others]
+    shapes = sorted(shapes, key=lambda s: (*s[1:], s[0])) if others else shapes
     lines, columns = [], {name: [] for name in COLUMNS}
     for shape in shapes:
         base = [by.get((shape, each, "XLA frozen")) for each in ("forward", "forward + backward")]
@@ -69,7 +70,7 @@ def ratios(rows: list[Row], *, few: bool) -> str:
                 columns[name].append(row["ratio"])
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_spread"]) if row else "")
         lines.append(cells)
-    if not few and len(shapes) > 1:
+    if not others and len(shapes) > 1:
         means = [
             f"**{math.prod(column) ** (1 / len(column)):.3f}**" if len(column) == len(shapes) else ""
             for column in columns.values()
@@ -115,8 +116,8 @@ def tables() -> str:
     parts = []
     if kernels:
         parts.append(source(kernels) + "Ratios to XLA's frozen linear; in brackets the middle half of the rounds.\n")
-        parts += [ratios(kernels, few=False)]
-        parts += ["Few rows:\n", ratios(kernels, few=True)] if ratios(kernels, few=True) else []
+        parts += [ratios(kernels, others=False)]
+        parts += ["From fewer rows on (`--shapes`):\n", fewer] if (fewer := ratios(kernels, others=True)) else []
         parts += ["Each kernel alone:\n", alone(kernels)] if alone(kernels) else []
     if train:
         parts += ["A training step (`--train`). " + source(train), training(train)]
