@@ -6,10 +6,10 @@
 
 For each shape: the linear by XLA with a frozen weight (the reference, of which ratios are taken), plain LoRA by XLA
 (`lora_dot(implementation="xla")`) and the kernels, forward and forward + backward, with dropout and without; each
-kernel alone; and few rows, to see from where on the kernels pay. `forward + backward` is y and the gradient of x for
-the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the end. Within `--budget`
-seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead of the Hopper ones, and
-each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
+kernel alone; and few rows, to see from where on the kernels pay (`--shapes`: other sizes). `forward + backward` is y
+and the gradient of x for the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the
+end. Within `--budget` seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead
+of the Hopper ones, and each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
 """
 
 from __future__ import annotations

@@ -122,11 +122,11 @@ def test_wrong_results_are_not_timed(family, monkeypatch):
 
 def test_a_wrong_result_is_told_from_a_right_one_at_large_sizes():
     """Of the whole product, where sums are over many rows and columns, and of each kernel."""
-    operands = (*tuning._operands((8192, 64, 4096, 16), jnp.bfloat16), jax.random.key(2))
-    for value, bound, mistake in tuning._expected(operands, 0.05, jnp.bfloat16):
+    operands = (*tuning._operands((8192, 64, 2048, 16), jnp.bfloat16), jax.random.key(2))
+    for value, bound, mistake in jax.jit(lambda *v: list(tuning._expected(v, 0.05, jnp.bfloat16)))(*operands):
         assert stage.excess(mistake, value, bound) > 2
-    for each in mosaic_stages.stages(128, 320, 14336, 16, jnp.bfloat16, 3277):
-        value, bound, mistake = each.expected(*each.operands)
+    for each in mosaic_stages.stages(64, 320, 14336, 16, jnp.bfloat16, 3277):
+        value, bound, mistake = jax.jit(each.expected)(*each.operands)
         assert stage.excess(mistake, value, bound) > 2, each.kernel
 
 
