@@ -6,10 +6,10 @@
 
 For each shape: the linear by XLA with a frozen weight (the reference, of which ratios are taken), plain LoRA by XLA
 (`lora_dot(implementation="xla")`) and the kernels, forward and forward + backward, with dropout and without; each
-kernel alone; and few rows, to see from where on the kernels pay. `forward + backward` is y and the gradient of x for
-the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the end. Within `--budget`
-seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead of the Hopper ones, and
-each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
+kernel alone; and few rows, to see from where on the kernels pay (`--shapes`: other sizes). `forward + backward` is y
+and the gradient of x for the frozen linear, and those of A and B as well for LoRA. One JSON line a row, a table at the
+end. Within `--budget` seconds: what did not fit is named at the end. `--implementation triton`: those kernels instead
+of the Hopper ones, and each with other tiles too. `--train`: a training step of a Llama, see `train_step.py`.
 """
 
 from __future__ import annotations
@@ -299,10 +299,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def sizes(text: str) -> list[tuple[int, ...]]:
+    """M x K x N x R each."""
+    return [tuple(map(int, each.split("x"))) for each in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=240, help="seconds; no shape is begun that may not fit")
     parser.add_argument("--quick", action="store_true", help="two shapes, three rounds")
+    parser.add_argument("--shapes", type=sizes, help="sizes instead, as 512x4096x4096x16,...")
     parser.add_argument("--implementation", choices=FAMILIES, default="mosaic_gpu")
     parser.add_argument("--train", action="store_true", help="a training step instead")
     parser.add_argument("--commit", help="what to write as the commit where this is no git repository")
@@ -330,6 +336,8 @@ def main() -> None:
     print(f"checked {len(CHECKED)} sizes, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     todo = [(shape, True) for shape in ([SHAPES[0], SHAPES[4]] if options.quick else SHAPES)]
     todo += [] if options.quick else [(shape, False) for shape in FEW_ROWS]
+    if options.shapes:
+        todo = [(shape, shape in SHAPES) for shape in options.shapes]
     left_out = []
     for shape, alone in todo:
         began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""The measured tables of `docs/kernels.md`, from the lines that `kernels.py` wrote.
+"""The measured tables of `docs/kernels.md`, from the lines that `kernels.py` and `groups.py` wrote.
 
     python benchmarks/kernels_table.py --write docs/kernels.md
 
-Reads `benchmarks/results/kernels.jsonl` and `train_step.jsonl`; of a row measured more than once, the last. Without
-`--write`, prints the tables.
+Reads `kernels.jsonl`, `groups.jsonl` and `train_step.jsonl` in `benchmarks/results`; of a row measured more than once,
+the last. Without `--write`, prints the tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ COLUMNS = {
     "XLA LoRA, f + b, dropout": ("forward + backward", "XLA LoRA, dropout"),
     "kernels, f + b, dropout": ("forward + backward", "kernels, dropout"),
 }
-FEW_ROWS = 1024
 
 
 def read(path: Path) -> list[Row]:
@@ -40,8 +39,10 @@ def read(path: Path) -> list[Row]:
     return list({(shape_of(row), row["pass"], row["row"]): row for row in rows}.values())
 
 
-def shape_of(row: Row) -> tuple[int, ...]:
-    return tuple(row.get(name, 0) for name in "mknr")
+def shape_of(row: Row) -> tuple[Any, ...]:
+    """M, K, N and R; of several products, all N."""
+    found = (row.get(name, 0) for name in "mknr")
+    return tuple(tuple(size) if isinstance(size, list) else size for size in found)
 
 
 def source(rows: list[Row]) -> str:
@@ -55,10 +56,12 @@ def aligned(header: list[str], lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
 
 
-def ratios(rows: list[Row], *, few: bool) -> str:
-    """One line a shape, and the geometric mean of each column where every shape has it."""
+def ratios(rows: list[Row], *, others: bool) -> str:
+    """One line a shape: those with lines of each kernel alone, and their geometric means; or `others`."""
     by = {(shape_of(row), row["pass"], row["row"]): row for row in rows}
-    shapes = [s for s in dict.fromkeys(map(shape_of, rows)) if (s[0] <= FEW_ROWS) == few]
+    whole = {shape_of(row) for row in rows if row["pass"] == "alone"}
+    shapes = [s for s in dict.fromkeys(map(shape_of, rows)) if (s not in whole) == others]
+    shapes = sorted(shapes, key=lambda s: (*s[1:], s[0])) if others else shapes
     lines, columns = [], {name: [] for name in COLUMNS}
     for shape in shapes:
         base = [by.get((shape, each, "XLA frozen")) for each in ("forward", "forward + backward")]
@@ -69,7 +72,7 @@ def ratios(rows: list[Row], *, few: bool) -> str:
                 columns[name].append(row["ratio"])
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_spread"]) if row else "")
         lines.append(cells)
-    if not few and len(shapes) > 1:
+    if not others and len(shapes) > 1:
         means = [
             f"**{math.prod(column) ** (1 / len(column)):.3f}**" if len(column) == len(shapes) else ""
             for column in columns.values()
@@ -95,6 +98,24 @@ def alone(rows: list[Row]) -> str:
     return aligned(header, lines) if lines else ""
 
 
+def groups(rows: list[Row]) -> str:
+    """One line a shape and pass, one table for those with the same rows."""
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((shape_of(row), row["pass"]), []).append(row)
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for (shape, passes), each in lines.items():
+        cells = [
+            f"{each[0]['median_us']:.0f} µs",
+            *("{:.3f} ({:.3f} to {:.3f})".format(r["ratio"], *r["ratio_spread"]) for r in each[1:]),
+        ]
+        held = [f"; {row['temporary_bytes'] / 1e9:.2f} GB" if "temporary_bytes" in row else "" for row in each]
+        cells = [cell + beside for cell, beside in zip(cells, held, strict=True)]
+        sizes = ", ".join(str(size) if isinstance(size, int) else " + ".join(map(str, size)) for size in shape)
+        tables.setdefault(tuple(row["row"] for row in each), []).append([sizes, passes, *cells])
+    return "\n".join(aligned(["M, K, N, R", "pass", *names], found) for names, found in tables.items())
+
+
 def training(rows: list[Row]) -> str:
     lines = [
         [
@@ -111,13 +132,16 @@ def training(rows: list[Row]) -> str:
 
 
 def tables() -> str:
-    kernels, train = read(RESULTS / "kernels.jsonl"), read(RESULTS / "train_step.jsonl")
+    kernels, several, train = (read(RESULTS / f"{name}.jsonl") for name in ("kernels", "groups", "train_step"))
     parts = []
     if kernels:
         parts.append(source(kernels) + "Ratios to XLA's frozen linear; in brackets the middle half of the rounds.\n")
-        parts += [ratios(kernels, few=False)]
-        parts += ["Few rows:\n", ratios(kernels, few=True)] if ratios(kernels, few=True) else []
+        parts += [ratios(kernels, others=False)]
+        parts += ["From fewer rows on (`--shapes`):\n", fewer] if (fewer := ratios(kernels, others=True)) else []
         parts += ["Each kernel alone:\n", alone(kernels)] if alone(kernels) else []
+    if several:
+        told = "Ratios to the first column; GB: what a gradient through a scan over four such layers needs.\n"
+        parts += ["Groups, a bias, the gated MLP (`groups.py`). " + source(several) + told, groups(several)]
     if train:
         parts += ["A training step (`--train`). " + source(train), training(train)]
     return "\n".join(part for part in parts if part)

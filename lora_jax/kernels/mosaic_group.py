@@ -3,7 +3,7 @@
 What each would do alone for all of them together: `h` of all is one pass over `x`, and so are all `dA`; the gradient of
 `x` is one product as deep as all `W` are wide, with one tail, so that it is written once and never read to be added to.
 `g` of all is one launch. What has to do with one `W` alone (its product forward, its `dB`) runs by the kernels of
-`mosaic_lora`, but for `mosaic_adapted`: `h` of all is there before the first product begins.
+`mosaic_lora`. Where these compute `h` in the product (`mosaic_adapted`), forward and without dropout, so it is here.
 
 `h` of all lies in one array, the ranks of each padded as its product wants them; of `g`, which one product takes, only
 the sum of the ranks is padded.
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import tuned
+from lora_jax.kernels import mosaic_lora, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
 from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
 from lora_jax.kernels.linear import Drop, Wants
@@ -70,6 +70,10 @@ def forward(
     m, sms = x.shape[0], sms or multiprocessors()
     rank_first, thins = h_layout([b.shape[0] for b in b_s])
     rows, k, _ = padded_sizes(m, x.shape[1], 0)
+    if drop is None and interpret is None and rank_first and mosaic_lora.in_one_kernel(k, thins[0]):
+        each = zip(ws, a_s, b_s, biases, strict=True)
+        found = [mosaic_lora.forward(x, w, a, b, bias=bias, sms=sms) for w, a, b, bias in each]
+        return [y for y, _ in found], jnp.concatenate([h for _, h in found])
     x = pad(x, rows, k)
     stacked = jnp.concatenate([pad(a.T, thin, k) for a, thin in zip(a_s, thins, strict=True)])
     config = tuned.down_config(rows, k, sum(thins), sms, dropped=drop is not None)

@@ -95,7 +95,7 @@ def choose(
 class Sharing(enum.Enum):
     """How several products with the same data and the same mask are computed."""
 
-    TOGETHER = "one pass over the data gives h of all {count}, one all dA, and one product the data's gradient"
+    TOGETHER = "at most one pass over the data gives h of all {count}, one all dA, one product the data's gradient"
     BY_XLA = "one product gives h of all {count}, and one all dA"
     IN_TURN = "the data is read for each of the {count} products: {why}"
     APART = "nothing is shared by the {count} products: {why}"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lora_jax import _compat
 from lora_jax.kernels import tuning_cache
 from lora_jax.kernels.shape_class import class_of
-from lora_jax.kernels.stage import Stage, excess, product, roundoff, summed
+from lora_jax.kernels.stage import Stage, added_up, excess, product, roundoff, summed
 from lora_jax.kernels.tuned import tiles_of
 from lora_jax.kernels.tuning_cache import Entries
 from lora_jax.ops.choice import device_lacks
@@ -182,28 +182,25 @@ def _operands(sizes: Sizes, dtype: Any) -> list[jax.Array]:
 def _expected(operands: Sequence[Any], rate: float, dtype: Any) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """(value, bound, value without the adapter or at half its size) of y, dx, dA and dB.
 
-    The bounds are those of `lora_jax.reference.fused`, in float32.
+    The roundings are those of `lora_jax.reference.fused`.
     """
     x, dy, w, a, b, key = operands
     keep = 1.0
     if rate:
         keep = keeps(seed_words(key), x.shape, (1,), threshold(rate)) * jnp.float32(65536 / (65536 - threshold(rate)))
-    dropped, once, terms = x * keep, roundoff(dtype), summed(sum(x.shape) + sum(b.shape))
+    dropped, once, (m, k), (r, n) = x * keep, roundoff(dtype), x.shape, b.shape
     h, g = product(dropped, a), product(dy, b.T)
-    sized_h, sized_g = product(abs(dropped), abs(a)), product(abs(dy), abs(b.T))
-    for base, low, rounded, size in (
-        (product(x, w), product(h, b), product(abs(h), abs(b)), product(abs(x), abs(w)) + product(sized_h, abs(b))),
-        (
-            product(dy, w.T), keep * product(g, a.T), keep * product(abs(g), abs(a.T)),
-            product(abs(dy), abs(w.T)) + keep * product(sized_g, abs(a.T)),
-        ),
-    ):  # fmt: skip
-        yield base + low, once * (abs(base + low) + rounded) + terms * size, base
-    for left, thin, size in ((dropped, g, sized_g), (dy, h, sized_h)):
-        value, bound = (
-            product(left.T, thin),
-            once * product(abs(left).T, abs(thin)) + terms * product(abs(left).T, size),
-        )
+    h_off = once * abs(h) + summed(k) * product(abs(dropped), abs(a))
+    g_off = once * abs(g) + summed(n) * product(abs(dy), abs(b.T))
+    for wide, weight, thin, off, factor, mask in ((x, w, h, h_off, b, 1.0), (dy, w.T, g, g_off, a.T, keep)):
+        base = product(wide, weight)
+        value = base + mask * product(thin, factor)
+        size = product(abs(wide), abs(weight)) + mask * product(abs(thin), abs(factor))
+        bound = once * abs(value) + mask * product(off, abs(factor)) + summed(wide.shape[1] + r) * size
+        yield value, bound, base
+    for left, thin, off in ((dropped, g, g_off), (dy, h, h_off)):
+        value = product(left.T, thin)
+        bound = added_up(left, off) + summed(m) * product(abs(left).T, abs(thin))
         yield (value, bound, value / 2) if left is dropped else (value.T, bound.T, value.T / 2)
 
 

@@ -171,7 +171,7 @@ def test_explanations():
         assert choices == [*told, *told]
         assert str(told[1]).splitlines()[:2] == [
             "reference  M=6, K=70, N=16, R=5",
-            "  one pass over the data gives h of all 3, one all dA, and one product the data's gradient",
+            "  at most one pass over the data gives h of all 3, one all dA, one product the data's gradient",
         ]
         _, ws, a_s, b_s, _ = operands(ranks=(3, 40, 5))
         assert "ranks [3, 40, 5] are more than 64 together" in explain_group(x, ws, a_s, b_s)[0].group

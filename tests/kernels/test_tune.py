@@ -11,10 +11,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli import main
-from lora_jax.kernels import tuning_cache
+from lora_jax.kernels import mosaic_stages, stage, tuning_cache
 from lora_jax.kernels.shape_class import class_of
 from lora_jax.kernels.stage import Expected, Stage, product
-from lora_jax.ops import explain, tune
+from lora_jax.ops import explain, tune, tuning
 from tests.core.harness import cast, config, normal, random_adapter
 from tests.kernels import reference_kernels
 
@@ -118,6 +118,16 @@ def test_wrong_results_are_not_timed(family, monkeypatch):
     with pytest.raises(RuntimeError, match=r"reference: the error of dB of \(48, 32, 24, 4\) is .* times its bound"):
         tune([SIZES], timer=clock([1.0]), calls=1, report=lambda _: None)
     assert not path.exists()
+
+
+def test_a_wrong_result_is_told_from_a_right_one_at_large_sizes():
+    """Of the whole product, where sums are over many rows and columns, and of each kernel."""
+    operands = (*tuning._operands((8192, 64, 2048, 16), jnp.bfloat16), jax.random.key(2))
+    for value, bound, mistake in jax.jit(lambda *v: list(tuning._expected(v, 0.05, jnp.bfloat16)))(*operands):
+        assert stage.excess(mistake, value, bound) > 2
+    for each in mosaic_stages.stages(64, 320, 14336, 16, jnp.bfloat16, 3277):
+        value, bound, mistake = jax.jit(each.expected)(*each.operands)
+        assert stage.excess(mistake, value, bound) > 2, each.kernel
 
 
 def test_of_a_model(family):
