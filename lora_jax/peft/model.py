@@ -37,14 +37,21 @@ class FrozenLoRA(nnx.Variable):
 class Known:
     """What is remembered of one adapter beside its factors.
 
-    `plan`: its sites are the adapter's; `made`: the sites that it was made with, to which scales are relative;
-    `start`: its first factors, if the base gave a part of itself to them.
+    `plan`: its sites are the adapter's; `made`: the sites that it was made with, to which scales are relative.
     """
 
     plan: Plan
     config: LoraConfig
     made: tuple[Site, ...]
-    start: Adapter | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What the base of a model gave to its first adapter: `init` moved it, `start` are the factors it went to."""
+
+    init: str
+    plan: Plan
+    start: Adapter
 
 
 class LoraModel(AdaptedModule):
@@ -84,6 +91,7 @@ class LoraModel(AdaptedModule):
         self._inputs = Static(jax.tree.map(_abstract, inputs))
         self._known = Static({})
         self._unmerged = Static(None)  # the base's parameters as they were before merging
+        self._moved = Static(None)  # `Moved`, if an initialiser changed the base
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
         self._enabled = True
@@ -144,8 +152,13 @@ class LoraModel(AdaptedModule):
         loss: Callable[..., jax.Array] | None = None,
         mask: Callable[..., jax.Array] | None = None,
     ) -> None:
-        """Adds an adapter, inactive. **Raises** `ValueError` for a name that is taken, or as `lora_jax.plan`."""
+        """Adds an adapter, inactive.
+
+        **Raises:** `ValueError` for a name that is taken, for a model whose base another adapter's initialiser changed,
+        and as `lora_jax.plan`.
+        """
         self._must_be_new(adapter_name)
+        self._must_have_its_base(adapter_name)
         call = self._call()
         plan = planning.plan(call.fn, call.params, call.state, call.inputs, config=config.to_lora())
         graphdef, _, rest = nnx.split(self.base, BASE_PARAMS, ...)
@@ -167,7 +180,8 @@ class LoraModel(AdaptedModule):
             )
         if changes_base:
             nnx.update(self.base, new)
-        self._put(adapter_name, start, Known(plan, config, start.sites, start if changes_base else None))
+            self._moved = Static(Moved(str(config.init_lora_weights), plan, start))
+        self._put(adapter_name, start, Known(plan, config, start.sites))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """**Raises** `ValueError` for an unknown or a merged adapter."""
@@ -275,15 +289,20 @@ class LoraModel(AdaptedModule):
         return out
 
     def unload(self) -> nnx.Module:
-        """A new module like the base, without any adapter."""
+        """A new module like the base, without any adapter; what an initialiser took from the base is given back."""
         out = nnx.clone(self.base)
         if self._merged:
             nnx.update(out, self._unmerged.value)
+        if (start := self._taken()) is not None:
+            nnx.update(out, merge(nnx.state(out, BASE_PARAMS), start))
         return out
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base without adapters inside of `with`; afterwards all is as before, merged adapters included."""
+        """The base without adapters inside of `with`; afterwards all is as before, merged adapters included.
+
+        That is the base which the model was made of, whatever an initialiser took from it; after LoftQ, the quantised.
+        """
         enabled, merged = self._enabled, self._merged
         if merged:
             self.unmerge_adapter()
@@ -322,7 +341,7 @@ class LoraModel(AdaptedModule):
     def _in_use(self) -> tuple[Plan, Adapter | None]:
         names = [name for name in self._active if name not in self._merged] if self._enabled else []
         if not names:
-            return planning.Plan(LoRAConfig(), (), ()), None
+            return self._without_any()
         plans = [self._known.value[name].plan for name in names]
         if len(names) == 1:
             return plans[0], self.adapter(names[0])
@@ -330,6 +349,19 @@ class LoraModel(AdaptedModule):
             raise ValueError(f"{', '.join(names)} have different dropout: train one of them, or call `eval()`.")
         together = combine([self.adapter(name) for name in names], [1.0] * len(names), "cat")
         return _replanned(plans[0], together), together
+
+    def _without_any(self) -> tuple[Plan, Adapter | None]:
+        """The base as it was: that of this model, with what was taken from it put back."""
+        start = None if self._merged else self._taken()
+        if start is None:
+            return planning.Plan(LoRAConfig(), (), ()), None
+        plan = self._moved.value.plan
+        return dataclasses.replace(plan, config=plan.config.replace(dropout=0.0)), start
+
+    def _taken(self) -> Adapter | None:
+        """The factors that hold a part of the base. What quantising took away is in none."""
+        moved = self._moved.value
+        return None if moved is None or moved.init == "loftq" else moved.start
 
     def _call(self) -> Call:
         inputs = self._inputs.value
@@ -358,6 +390,13 @@ class LoraModel(AdaptedModule):
     def _must_know(self, name: str) -> None:
         if name not in self._known.value:
             raise ValueError(f"there is no adapter {name!r}; there are {', '.join(map(repr, self._known.value))}.")
+
+    def _must_have_its_base(self, name: str) -> None:
+        if (moved := self._moved.value) is not None:
+            raise ValueError(
+                f"`init_lora_weights={moved.init!r}` changed the base of this model, so that {name!r} would not be an "
+                "adapter for the base it was made of: make a model of its own."
+            )
 
     def _must_be_new(self, name: str) -> None:
         if name in self._known.value:

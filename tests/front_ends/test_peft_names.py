@@ -235,9 +235,61 @@ def test_every_initialiser(init, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(module, tmp_path, inputs=(X,))
     assert np.allclose(again(X), model(X), atol=1e-4) and np.abs(again(X) - module(X)).max() > 0.01
+    _, plain = two()
     if changed:
         with pytest.raises(ValueError, match="changes the base, on which other adapters rely"):
-            model.add_adapter("more", settings, **more)
+            plain.add_adapter("more", settings, **more)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_nothing_else_relies_on_a_base_that_an_initialiser_changed(init, tmp_path):
+    """A plain adapter there would be saved, or run after loading, as one for another base, and nothing would tell."""
+    _, plain = two()
+    plain.save_pretrained(tmp_path / "plain")
+    module = base()
+    model = peft.get_peft_model(module, config(init_lora_weights=init, lora_dropout=0.5), inputs=(X,))
+    for add in (
+        lambda: model.add_adapter("more", config()),
+        lambda: model.load_adapter(tmp_path / "plain", "more"),
+    ):
+        with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` changed the base .*'more'"):
+            add()
+    model.add_weighted_adapter(["default"], [0.5], "half", "svd", svd_rank=1)
+    model.add_weighted_adapter(["default"], [1.0], "off", "cat")
+    for layer in model.lora_layers().values():
+        layer.set_scale("off", 0.0)
+    model.eval()
+    if init == "loftq":
+        with pytest.raises(ValueError, match="'half' belongs to the quantised base"):
+            model.save_pretrained(tmp_path, ["half"])
+        return
+    model.save_pretrained(tmp_path)
+    for name in ("half", "off"):
+        model.set_adapter(name)
+        again = peft.PeftModel.from_pretrained(module, tmp_path / name, inputs=(X,))
+        assert close(again(X), np.asarray(model(X))) and not close(again(X), np.asarray(module(X)))
+
+
+def test_without_an_adapter_a_base_is_whole_again():
+    """Also the one that gave its principal part to the factors, and however these were trained or scaled since."""
+    module = base()
+    for settings in (dict(lora_dropout=0.5), dict(use_dora=True), dict(bias="all")):
+        model = peft.get_peft_model(module, config(init_lora_weights="pissa", **settings), inputs=(X,))
+        for variable in (v for _, v in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
+            variable[...] = variable[...] + 0.1
+        model.lora_layers()["up.kernel"].set_scale("default", 0.5)
+        with model.disable_adapter():
+            assert close(model(X), np.asarray(module(X)))
+        assert not close(model(X), np.asarray(module(X)))
+        model.merge_adapter()
+        assert close(model.unload()(X), np.asarray(module(X)))
+        merged = model(X)
+        with model.disable_adapter():
+            assert close(model(X), np.asarray(module(X)))
+        assert np.array_equal(model(X), merged) and not close(merged, np.asarray(module(X)))
+        model.unmerge_adapter()
+        model.delete_adapter("default")
+        assert close(model(X), np.asarray(module(X)))
 
 
 def test_what_cannot_be_followed():
