@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters import Adapter
-from lora_jax.editing import check_only_factors, resized
+from lora_jax.editing import check_only_factors, resized, ungrouped
 from lora_jax.reductions import MAJORITIES, REDUCTIONS
 from lora_jax.sites import LORA_A, LORA_B, Site
 from lora_jax.weighted import SVD, How, combined
@@ -53,9 +53,9 @@ def combine(
     - `clamp`: with an SVD, bounds the elements of A and B by this quantile of all of them.
     - `key`: for `"dare_*"`; each adapter, parameter and factor draws its own elements.
 
-    **Returns:** an adapter for every parameter that any of them adapts, of scale 1 (alpha = rank, no rsLoRA). A
-    parameter that some of them leave alone is made of those that adapt it. Stacked layers and experts are pruned and
-    decomposed each for itself.
+    **Returns:** an adapter for every parameter that any of them adapts, of scale 1 (alpha = rank, no rsLoRA), with
+    ordinary factors also where QALoRA's went in. A parameter that some of them leave alone is made of those that adapt
+    it. Stacked layers and experts are pruned and decomposed each for itself.
 
     **Raises:** `ValueError` for what the method does not take, and for adapters that no weighted sum of factors
     describes (`modules_to_save`, DoRA), that split a parameter differently, or whose ranks differ where the method
@@ -65,6 +65,7 @@ def combine(
     """
     adapters = list(adapters)
     _check_arguments(adapters, weights, method, rank, density, majority_sign, clamp, key)
+    adapters = [ungrouped(adapter) for adapter in adapters]
     groups = _by_path(adapters)
     _check_sites(groups, method)
     how = How(method, density, majority_sign, clamp)

@@ -55,7 +55,8 @@ def resize(adapter: Adapter, rank: int | Mapping[str, int], *, key: jax.Array | 
         alpha = site.alpha * (math.sqrt(new / site.rank) if site.rslora else new / site.rank)
         grown = replace(site, rank=new, alpha=alpha)
         sites.append(grown)
-        a, b = adapter.factors(site)
+        # As they are stored: what A has one row for stays one group.
+        a, b = (adapter.leaf(site.leaf_path(factor)) for factor in (LORA_A, LORA_B))
         leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = (
             _grown(site, grown, a, b, key) if new >= site.rank else _shrunk(site, grown, a, b)
         )
@@ -162,6 +163,17 @@ def _with_sites(adapter: Adapter, sites: Mapping[Site, Site]) -> Adapter:
         places = zip(expected_leaves((old,)), expected_leaves((new,)), strict=True)
         leaves.update({to: adapter.leaf(place) for place, to in places})
     return Adapter.from_leaves(leaves, tuple(sites.values()))
+
+
+def ungrouped(adapter: Adapter) -> Adapter:
+    """The same change by ordinary factors: QALoRA's A with the row of a group repeated for each of its inputs."""
+    if all(site.group == 1 for site in adapter.sites):
+        return adapter
+    leaves = {path: adapter.leaf(path) for path in expected_leaves(adapter.sites)}
+    for site in adapter.sites:
+        if site.group > 1:
+            leaves[site.leaf_path(LORA_A)] = adapter.factors(site)[0]
+    return Adapter.from_leaves(leaves, tuple(replace(site, group=1) for site in adapter.sites))
 
 
 def check_only_factors(sites: Sequence[Site], what: str) -> None:

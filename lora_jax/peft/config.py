@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -120,7 +119,7 @@ class LoraConfig:
     @property
     def computed_init(self) -> str | None:
         """The initialiser of `lora_jax.inits` that `init_lora_weights` asks for, or None for random factors."""
-        name = re.sub(r"^pissa_niter_\d+$", "pissa", str(self.init_lora_weights))
+        name = str(self.init_lora_weights).partition("_niter_")[0]
         return name if name in COMPUTED else None
 
     def to_lora(self) -> LoRAConfig:

@@ -116,6 +116,14 @@ def test_extract_loses_nothing_silently(keys):
         lj.extract(plan, params, broken, key=keys())
 
 
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+def test_extract_takes_plans_of_two_factors_only(setting, keys):
+    """Else the adapter would lack the leaf of that setting, and nothing would say so before it is used."""
+    params, plan = planned(target_modules=["up"], **{setting: True})
+    with pytest.raises(ValueError, match=rf"`{setting}` plans something else for `up\.kernel`: plan without"):
+        lj.extract(plan, params, params, key=keys())
+
+
 def test_status():
     pair = {"math": adapter_of(1, 3, names=NAMES), "code": adapter_of(2, 2, names=["q.kernel"])}
     rows = {row.name: row for row in lj.layer_status(pair, active=["code"], frozen=["math"], merged=["math"])}
