@@ -24,34 +24,13 @@ from lora_jax.nnx import AdaptedModule, Static, variables
 from lora_jax.nnx_call import BASE_PARAMS, Call
 from lora_jax.peft.config import LoraConfig
 from lora_jax.peft.initial import initial
+from lora_jax.peft.known import Known, Moved, replanned
 from lora_jax.peft.layer import LoraLayer
 from lora_jax.planning import Plan
-from lora_jax.sites import Site
 
 
 class FrozenLoRA(nnx.Variable):
     """A factor of an adapter that is not trained now: an optimizer with `wrt=nnx.LoRAParam` leaves it alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What is remembered of one adapter beside its factors.
-
-    `plan`: its sites are the adapter's; `made`: the sites that it was made with, to which scales are relative.
-    """
-
-    plan: Plan
-    config: LoraConfig
-    made: tuple[Site, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """What the base of a model gave to its first adapter: `init` moved it, `start` are the factors it went to."""
-
-    init: str
-    plan: Plan
-    start: Adapter
 
 
 class LoraModel(AdaptedModule):
@@ -83,6 +62,13 @@ class LoraModel(AdaptedModule):
         loss: Callable[..., jax.Array] | None = None,
         mask: Callable[..., jax.Array] | None = None,
     ):
+        if config is not None and not isinstance(config, LoraConfig):
+            raise TypeError(f"`config` is a {type(config).__name__}: write a `lora_jax.peft.LoraConfig`.")
+        if not isinstance(inputs, tuple | list | Mapping):
+            raise TypeError(
+                f"`inputs` is a {type(inputs).__name__}: write the tuple of a call's arguments, `inputs=(x,)`, or a "
+                "dictionary of keyword arguments."
+            )
         self.base = nnx.clone(model)  # other variables, the same arrays
         self.lora = nnx.Dict({})
         self.lora_implementation = None
@@ -170,7 +156,8 @@ class LoraModel(AdaptedModule):
             assert loss is not None
             return loss(nnx.merge(graphdef, params, rest), *args, **kwargs)
 
-        params = self.params
+        # Magnitudes and copies start from the base that this adapter is for, whatever is merged into it just now.
+        params = self._unmerged_params()
         start, new = initial(config, plan, params, self.lora_rngs.lora(), fn, batches, of_model if loss else None, mask)
         changes_base = new is not params
         if changes_base and (self._known.value or self._merged):
@@ -201,6 +188,8 @@ class LoraModel(AdaptedModule):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self._must_know(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"`set_adapter({list(names)})` names an adapter twice, which would count twice.")
         if self._merged:
             warnings.warn(f"unmerges {', '.join(self._merged)} before another adapter is set.", stacklevel=2)
             self.unmerge_adapter()
@@ -242,8 +231,10 @@ class LoraModel(AdaptedModule):
         first = self._known.value[adapters[0]]
         rank = max(site.rank for site in combined.sites)
         config = dataclasses.replace(
-            first.config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
-            init_lora_weights=True,
+            first.config, r=rank, lora_alpha=rank, use_rslora=False, use_qalora=False, rank_pattern={},
+            alpha_pattern={}, init_lora_weights=True,
+            target_modules=sorted({site.module or site.name for site in combined.sites}),
+            exclude_modules=None, layers_to_transform=None, layers_pattern=None, target_parameters=None,
         )  # fmt: skip
         self._put(adapter_name, combined, Known(first.plan, config, combined.sites))
 
@@ -251,8 +242,7 @@ class LoraModel(AdaptedModule):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters (the active ones if None) into the base of this model, which remembers what it was."""
-        if isinstance(adapter_names, str):
-            raise TypeError(f"`adapter_names={adapter_names!r}` is a string; write [{adapter_names!r}].")
+        _refuse_a_string(adapter_names)
         names = list(self._active if adapter_names is None else adapter_names)
         for name in names:
             self._must_know(name)
@@ -279,6 +269,7 @@ class LoraModel(AdaptedModule):
 
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nnx.Module:
         """A new module like the base, with the adapters folded in. This model stays as it is."""
+        _refuse_a_string(adapter_names)
         names = self._active if adapter_names is None else adapter_names
         params = self.params
         for name in names:
@@ -290,11 +281,8 @@ class LoraModel(AdaptedModule):
 
     def unload(self) -> nnx.Module:
         """A new module like the base, without any adapter; what an initialiser took from the base is given back."""
-        out = nnx.clone(self.base)
-        if self._merged:
-            nnx.update(out, self._unmerged.value)
-        if (start := self._taken()) is not None:
-            nnx.update(out, merge(nnx.state(out, BASE_PARAMS), start))
+        out, params, start = nnx.clone(self.base), self._unmerged_params(), self._taken()
+        nnx.update(out, params if start is None else merge(params, start))
         return out
 
     @contextlib.contextmanager
@@ -348,7 +336,7 @@ class LoraModel(AdaptedModule):
         if len({plan.config.dropout for plan in plans}) > 1 and not self.deterministic:
             raise ValueError(f"{', '.join(names)} have different dropout: train one of them, or call `eval()`.")
         together = combine([self.adapter(name) for name in names], [1.0] * len(names), "cat")
-        return _replanned(plans[0], together), together
+        return replanned(plans[0], together), together
 
     def _without_any(self) -> tuple[Plan, Adapter | None]:
         """The base as it was: that of this model, with what was taken from it put back."""
@@ -357,6 +345,9 @@ class LoraModel(AdaptedModule):
             return planning.Plan(LoRAConfig(), (), ()), None
         plan = self._moved.value.plan
         return dataclasses.replace(plan, config=plan.config.replace(dropout=0.0)), start
+
+    def _unmerged_params(self) -> Any:
+        return self._unmerged.value if self._merged else self.params
 
     def _taken(self) -> Adapter | None:
         """The factors that hold a part of the base. What quantising took away is in none."""
@@ -369,7 +360,7 @@ class LoraModel(AdaptedModule):
         return Call(self.base, (), "__call__", args, kwargs)
 
     def _put(self, name: str, adapter: Adapter, known: Known) -> None:
-        known = dataclasses.replace(known, plan=_replanned(known.plan, adapter))
+        known = dataclasses.replace(known, plan=replanned(known.plan, adapter))
         self._known = Static({**self._known.value, name: known})
         kind = nnx.LoRAParam if name in self._trained() else FrozenLoRA
         self.lora[name] = variables(adapter.to_dict(), kind)
@@ -403,9 +394,9 @@ class LoraModel(AdaptedModule):
             raise ValueError(f"there is an adapter {name!r} already: choose another name, or delete it first.")
 
 
-def _replanned(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with the adapter's own sites."""
-    return plan if plan.sites == adapter.sites else dataclasses.replace(plan, sites=adapter.sites)
+def _refuse_a_string(adapter_names: Any) -> None:
+    if isinstance(adapter_names, str):
+        raise TypeError(f"`adapter_names={adapter_names!r}` is a string; write [{adapter_names!r}].")
 
 
 def _abstract(leaf: Any) -> Any:

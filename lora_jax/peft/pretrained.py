@@ -12,7 +12,8 @@ from flax import nnx
 
 from lora_jax.inits.convert import difference
 from lora_jax.peft.config import LoraConfig
-from lora_jax.peft.model import Known, LoraModel
+from lora_jax.peft.known import Known
+from lora_jax.peft.model import LoraModel
 from lora_torch import load_peft, plan_peft, save_peft
 from lora_torch.peft_settings import read_config
 
@@ -100,7 +101,7 @@ class PeftModel(LoraModel):
         self._must_have_its_base(adapter_name)
         directory, call = Path(model_id), self._call()
         plan = plan_peft(directory, call.fn, call.params, call.state, call.inputs, names=names, tied=tied)
-        adapter = load_peft(directory, plan, names=names, tied=tied, params=call.params)
+        adapter = load_peft(directory, plan, names=names, tied=tied, params=self._unmerged_params())
         fields = LoraConfig.__dataclass_fields__
         stored = {key: value for key, value in read_config(directory).items() if key in fields}
         config = LoraConfig(**{**stored, "inference_mode": not is_trainable})

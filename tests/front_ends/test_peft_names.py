@@ -138,6 +138,23 @@ def test_weighted_adapters():
             model.add_weighted_adapter(*arguments)
 
 
+def test_a_weighted_adapter_says_what_it_adapts():
+    _, model = two()
+    model.add_adapter("down", config(target_modules=["down"], exclude_modules=["up"]))
+    model.add_weighted_adapter(["down", "other"], [1, 1], "sum", "cat")
+    assert model.peft_config["sum"].target_modules == ["down", "up"] and not model.peft_config["sum"].exclude_modules
+
+
+def test_an_adapter_added_meanwhile_is_for_the_base_and_not_for_what_is_merged():
+    """Its magnitudes and copies start from the base that it will run on."""
+    module, model = two()
+    model.merge_adapter()
+    model.add_adapter("new", config(use_dora=True, init_lora_weights=True, target_modules=["up"], bias="all"))
+    with pytest.warns(UserWarning, match="unmerges default"):
+        model.set_adapter("new")
+    assert close(model(X), np.asarray(module(X)))
+
+
 def test_adapters_come_and_go():
     _, model = two()
     model.set_adapter("other")
@@ -195,6 +212,11 @@ def test_layers():
     assert layer.scaling["default"] == 2 and close(model(X), by_hand(module, model, {"default": 1}))
     with pytest.raises(ValueError, match="has no adapter 'none'; it has default, other"):
         layer.get_delta_weight("none")
+    with pytest.raises(ValueError, match=r"write `unscale_layer\(\)`"):
+        layer.unscale_layer(0)
+    for scale in (layer.scale_layer, lambda factor: layer.set_scale("other", factor)):
+        with pytest.raises(ValueError, match="`scale=nan` must be a finite number"):
+            scale(float("nan"))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -219,7 +241,7 @@ def test_every_initialiser(init, tmp_path):
     more = {"batches": [X]} if init in ("corda", "eva") else {}
     if init == "lora_ga":
         more = {"batches": [(X, np.ones((5, 4), np.float32))], "loss": lambda m, x, y: ((m(x) - y) ** 2).sum()}
-    settings = config(init_lora_weights=init, eva_config=peft.EvaConfig(tau=None))
+    settings = config(init_lora_weights=init, eva_config={"tau": None})
     model = peft.get_peft_model(module, settings, inputs=(X,), **more)
     changed = not np.array_equal(model.base.up.kernel[...], module.up.kernel[...])
     assert changed == (init != "eva")
@@ -298,12 +320,23 @@ def test_what_cannot_be_followed():
         (dict(target_modules=None), "`target_modules` is missing"),
         (dict(init_lora_weights="mica"), "`init_lora_weights='mica'`"),
         (dict(init_lora_weights="corda"), "needs `batches=`"),
+        (dict(init_lora_weights="pissa_niter_some"), "is written 'pissa_niter_4'"),
+        (dict(init_lora_weights="loftq_niter_4"), "other initialisers take none"),
         (dict(target_modules=["upp"]), "`upp` matches nothing; closest"),
     ]:
         with pytest.raises(ValueError, match=message):
             peft.get_peft_model(base(), config(**settings), inputs=(X,))
     with pytest.raises(ValueError, match="`batches=`.*asks for no such thing"):
         peft.get_peft_model(base(), config(), inputs=(X,), batches=[X])
+    with pytest.raises(TypeError, match=r"`inputs` is a ndarray: write the tuple .* `inputs=\(x,\)`"):
+        peft.get_peft_model(base(), config(), inputs=X)
+    with pytest.raises(TypeError, match=r"`config` is a LoRAConfig: write a `lora_jax\.peft\.LoraConfig`"):
+        peft.get_peft_model(base(), lj.LoRAConfig(), inputs=(X,))
+    _, model = two()
+    with pytest.raises(TypeError, match=r"is a string; write \['default'\]"):
+        model.merge_and_unload(adapter_names="default")
+    with pytest.raises(ValueError, match="names an adapter twice"):
+        model.set_adapter(["other", "other"])
 
 
 def test_functions_of_the_library_take_its_adapters():
