@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax import peft
+from lora_jax import inits, peft
 from tests.core.harness import normal
 
 X = normal(5, 6)
@@ -261,6 +261,73 @@ def test_every_initialiser(init, tmp_path):
     if changed:
         with pytest.raises(ValueError, match="changes the base, on which other adapters rely"):
             plain.add_adapter("more", settings, **more)
+
+
+# An initialiser's settings under PEFT's names, the same in `lora_jax.inits`, and what else it is given.
+MASK = {"mask": lambda x: jnp.arange(5) < 3}
+PAIR = {"batches": [(X, np.ones((5, 4), np.float32))], "loss": lambda m, x, y: ((m(x) - y) ** 2).sum()}
+SETTINGS = [
+    (dict(loftq_config={"loftq_bits": 2, "loftq_iter": 3}), inits.loftq, dict(bits=2, iterations=3), {}),
+    (dict(corda_config=peft.CordaConfig("kpm")), inits.corda, dict(method="kpm"), {"batches": [X], **MASK}),
+    (
+        dict(eva_config=peft.EvaConfig(1.5, None, True, False)),
+        inits.eva,
+        dict(rho=1.5, whiten=True, adjust_alpha=False),
+        {"batches": [X], **MASK},
+    ),
+    (
+        dict(lora_ga_config=peft.LoraGAConfig("A2rBr", "stable", 9)),
+        inits.lora_ga,
+        dict(direction="A2rBr", stable_gamma=9),
+        PAIR,
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "function", "arguments", "more"), SETTINGS)
+def test_settings_reach_their_initialiser(settings, function, arguments, more):
+    module = base()
+    settings = {"init_lora_weights": function.__name__, **settings}
+    model = peft.get_peft_model(module, config(target_modules=["up"], **settings), inputs=(X,), **more)
+    graphdef, params = nnx.split(module, nnx.Param)
+    plan = lj.plan(
+        lambda p, x: nnx.merge(graphdef, p)(x), params, X, config=lj.LoRAConfig(rank=2, alpha=4, target_modules=["up"])
+    )
+
+    def ours(**arguments):
+        if "loss" in more:
+            given = (lambda p, x, y: more["loss"](nnx.merge(graphdef, p), x, y), params, more["batches"])
+        else:
+            given = (lambda p, x: nnx.merge(graphdef, p)(x), params, more["batches"]) if more else (params,)
+        out = function(plan, *given, **arguments)
+        adapter = out if isinstance(out, lj.Adapter) else out[0]
+        # Up to the signs of singular vectors, which no seed decides.
+        (site,) = adapter.sites
+        a, b = (np.abs(factor) for factor in adapter.factors(site))
+        return site.scale, a, b
+
+    (site,) = model.adapter().sites
+    got = (site.scale, *(np.abs(factor) for factor in model.adapter().factors(site)))
+
+    def same(want):
+        return all(np.shape(x) == np.shape(y) and np.allclose(x, y, atol=1e-4) for x, y in zip(got, want, strict=True))
+
+    mask = {"mask": more["mask"]} if "mask" in more else {}
+    assert same(ours(**arguments, **mask))
+    for name in arguments:
+        if name not in ("rho", "adjust_alpha"):  # with one weight, all of the budget is its own
+            assert not same(ours(**{k: v for k, v in arguments.items() if k != name}, **mask)), name
+    assert not mask or not same(ours(**arguments))
+
+
+def test_iterations_are_read_from_the_name():
+    """The more of them, the nearer to the best approximation, which holds most of the weight."""
+    layer = nnx.Linear(24, 24, rngs=nnx.Rngs(0))
+    held = [
+        np.linalg.norm(peft.Linear(layer, r=2, init_lora_weights=name).get_delta_weight("default"))
+        for name in ("pissa_niter_0", "pissa_niter_8", "pissa")
+    ]
+    assert held[0] < 0.99 * held[2] and abs(held[1] / held[2] - 1) < 0.01
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
