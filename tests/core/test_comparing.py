@@ -76,7 +76,7 @@ def planned(rank=3, **changes):
 
 def test_extract_what_was_merged(keys):
     """A change of the plan's rank comes back whole, in any layout, from arrays or memory maps."""
-    params, plan = planned(target_modules=["up", "down"])
+    params, plan = planned(target_modules=["up", "down"], alpha_pattern={"down": -2.0})  # a scale of either sign
     adapter = random_adapter(plan, np.float64)
     tuned = jax.tree.map(np.asarray, lj.merge(params, adapter))
     got = lj.extract(plan, params, tuned, key=keys())
