@@ -30,6 +30,7 @@ from lora_jax.planning import plan as plan
 from lora_jax.replication import replicate_layers as replicate_layers
 from lora_jax.sites import Site as Site
 from lora_jax.slots import active_slots as active_slots
+from lora_jax.slots import fresh_slot as fresh_slot
 from lora_jax.slots import per_slot as per_slot
 from lora_jax.status import layer_status as layer_status
 from lora_jax.status import model_status as model_status

@@ -19,12 +19,15 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 def as_matrices(site: Site, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
-    """`(left, right)` of a site's factors, in float32 (float64 for float64 factors)."""
+    """`(left, right)` of a site's factors, in float32 (float64 for float64 factors).
+
+    Of QALoRA's own A, which has a row for each group of inputs, the left ones are (L, m / group, r).
+    """
     a, b = jnp.asarray(a), jnp.asarray(b)
     wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     stacked = math.prod(site.sizes_of("l"))
     return (
-        a.astype(wide).reshape(stacked, site.fan_in, site.rank),
+        a.astype(wide).reshape(stacked, -1, site.rank),
         b.astype(wide).reshape(stacked, site.rank, site.fan_out),
     )
 

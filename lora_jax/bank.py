@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.adapters import Adapter, expected_leaves, leaf_at, nested
-from lora_jax.editing import check_only_factors, rescaled
+from lora_jax.editing import check_only_factors, rescaled, ungrouped
 from lora_jax.sites import Site
 
 BASE = "__base__"
@@ -89,14 +90,21 @@ class AdapterBank:
         - `rank`: the largest rank that a slot can hold; each parameter's own in the plan if None.
         - `dtype`: of the factors. float32 to train; for serving the base's, which saves a cast at every call.
 
-        **Raises:** `ValueError` for no slots, or for DoRA, whose norms belong to one adapter.
+        **Raises:** `ValueError` for no slots or no rank, or for DoRA, whose norms belong to one adapter; `TypeError`
+        for a dtype that is not floating point, or something else than sites.
         """
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"`slots={slots!r}` must be a positive whole number.")
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"`rank={rank!r}` must be a positive whole number, or None for each parameter's own.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"`dtype={jnp.dtype(dtype).name}` cannot hold factors; use 'float32' or 'bfloat16'.")
+        if not isinstance(sites, Sequence):
+            raise TypeError(f"`sites` is a {type(sites).__name__}: write `AdapterBank.create(plan.sites, ...)`.")
         if not sites:
             raise ValueError("`sites` is empty: the plan adapts nothing.")
         check_only_factors([site for site in sites if not site.is_full], "a bank cannot hold")
-        room = tuple(site if rank is None or site.is_full else replace(site, rank=rank) for site in sites)
+        room = tuple(replace(site, group=1, rank=site.rank if rank is None or site.is_full else rank) for site in sites)
         leaves = {
             path: jnp.zeros((*shape[: _slot_axis(site)], slots, *shape[_slot_axis(site) :]), dtype)
             for site in room
@@ -117,8 +125,10 @@ class AdapterBank:
     def ids(self, names: Sequence[str]) -> np.ndarray:
         """The slot of each name as int32, -1 for `"__base__"`.
 
-        **Raises:** `ValueError` for a name that is not in the bank.
+        **Raises:** `ValueError` for a name that is not in the bank; `TypeError` for a string in place of a list.
         """
+        if isinstance(names, str):
+            raise TypeError(f"`ids` takes a name for each part of the batch, got {names!r}: write [{names!r}].")
         return np.asarray([NO_ADAPTER if name == BASE else self.slot(name) for name in names], np.int32)
 
     def slot(self, name: str) -> int:
@@ -131,10 +141,11 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter) -> AdapterBank:
         """The bank with one more adapter, in its first free slot.
 
-        A smaller rank is padded with zeros, and parameters that the adapter leaves alone stay the base's.
+        A smaller rank is padded with zeros, and parameters that the adapter leaves alone stay the base's. QALoRA's
+        factors become ordinary ones.
 
-        **Raises:** `ValueError` if the name is taken, no slot is free, a rank is too large, or the adapter adapts
-        something else than the bank does.
+        **Raises:** `ValueError` if the name is taken, no slot is free, a rank is too large, the adapter adapts
+        something else than the bank does, or it holds numbers that are not finite.
         """
         if name == BASE or not isinstance(name, str) or not name:
             raise ValueError(f"{name!r} cannot name an adapter; {BASE!r} stands for none.")
@@ -151,8 +162,8 @@ class AdapterBank:
     def remove(self, name: str) -> AdapterBank:
         """The bank without an adapter, whose slot computes the base from now on."""
         slot = self.slot(name)
-        scales = {key: scale.at[slot].set(0) for key, scale in self.stack.scales.items()}
-        return self._with(slot, None, None, replace(self.stack, scales=scales))
+        # Its factors too: where training diverged they are NaN, and zero times NaN is NaN in everybody's sums.
+        return self._with(slot, None, None, self._filled(slot, {}, None))
 
     def rename(self, name: str, new: str) -> AdapterBank:
         """The bank with an adapter under another name."""
@@ -187,8 +198,14 @@ class AdapterBank:
     def _put(self, slot: int, name: str, adapter: Adapter) -> AdapterBank:
         if not isinstance(adapter, Adapter):
             raise TypeError(f"{name!r} must be an Adapter, got {type(adapter).__name__}: it knows ranks and alphas.")
+        adapter = ungrouped(adapter)
         own = {site.path: site for site in adapter.sites}
         _check_fits(name, own, {site.path: site for site in self.stack.sites})
+        _refuse_not_finite(name, adapter)
+        return self._with(slot, name, adapter.sites, self._filled(slot, own, adapter))
+
+    def _filled(self, slot: int, own: Mapping[Any, Site], adapter: Adapter | None) -> AdapterStack:
+        """The stack with an adapter's factors and scales in a slot, zeros where it has none."""
         leaves: dict[tuple[str, ...], Any] = {}
         scales = dict(self.stack.scales)
         for room in self.stack.sites:
@@ -197,11 +214,10 @@ class AdapterBank:
             scales[room.name] = scales[room.name].at[slot].set(0.0 if site is None else site.scale)
             for path, shape in expected_leaves((room,)).items():
                 stack = self.stack.leaf(path)
-                value = np.zeros(shape, np.float32) if site is None else adapter.leaf(path)
+                value = np.zeros(shape, np.float32) if site is None or adapter is None else adapter.leaf(path)
                 value = jnp.pad(value, [(0, n - k) for n, k in zip(shape, value.shape, strict=True)])
                 leaves[path] = jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), slot, at)
-        stack = AdapterStack(nested(leaves), scales, self.stack.sites)
-        return self._with(slot, name, adapter.sites, stack)
+        return AdapterStack(nested(leaves), scales, self.stack.sites)
 
     def _with(self, slot: int, name: str | None, sites: tuple[Site, ...] | None, stack: AdapterStack) -> AdapterBank:
         def put(values: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -226,6 +242,20 @@ def _check_fits(name: str, own: Mapping[Any, Site], room: Mapping[Any, Site]) ->
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the adapter {name!r} does not fit: {'; '.join(problems[:4])}{more}.")
+
+
+def _refuse_not_finite(name: str, adapter: Adapter) -> None:
+    with jax.ensure_compile_time_eval():  # also in a function that `jit` traces, of an adapter from outside of it
+        bad = [
+            "/".join(path)
+            for path in expected_leaves(adapter.sites)
+            if not isinstance(leaf := adapter.leaf(path), Tracer) and not bool(jnp.isfinite(leaf).all())
+        ]
+    if bad:
+        raise ValueError(
+            f"the adapter {name!r} holds numbers that are not finite ({', '.join(bad[:3])}), which would spread to "
+            "rows of other adapters: use an earlier checkpoint of it."
+        )
 
 
 def _slot_axis(site: Site) -> int:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.adapters import Adapter
-from lora_jax.editing import check_only_factors, resized
+from lora_jax.editing import check_number, check_only_factors, resized, ungrouped
 from lora_jax.reductions import MAJORITIES, REDUCTIONS
 from lora_jax.sites import LORA_A, LORA_B, Site
 from lora_jax.weighted import SVD, How, combined
@@ -53,9 +54,9 @@ def combine(
     - `clamp`: with an SVD, bounds the elements of A and B by this quantile of all of them.
     - `key`: for `"dare_*"`; each adapter, parameter and factor draws its own elements.
 
-    **Returns:** an adapter for every parameter that any of them adapts, of scale 1 (alpha = rank, no rsLoRA). A
-    parameter that some of them leave alone is made of those that adapt it. Stacked layers and experts are pruned and
-    decomposed each for itself.
+    **Returns:** an adapter for every parameter that any of them adapts, of scale 1 (alpha = rank, no rsLoRA), with
+    ordinary factors also where QALoRA's went in. A parameter that some of them leave alone is made of those that adapt
+    it. Stacked layers and experts are pruned and decomposed each for itself.
 
     **Raises:** `ValueError` for what the method does not take, and for adapters that no weighted sum of factors
     describes (`modules_to_save`, DoRA), that split a parameter differently, or whose ranks differ where the method
@@ -63,8 +64,11 @@ def combine(
 
     **Source:** PEFT 0.21's formulas, except that rsLoRA's scale is not applied twice and nothing is left out silently.
     """
+    if isinstance(adapters, Adapter):
+        raise TypeError("`adapters` is one Adapter: write a list, [adapter].")
     adapters = list(adapters)
     _check_arguments(adapters, weights, method, rank, density, majority_sign, clamp, key)
+    adapters = [ungrouped(adapter) for adapter in adapters]
     groups = _by_path(adapters)
     _check_sites(groups, method)
     how = How(method, density, majority_sign, clamp)
@@ -113,10 +117,15 @@ def _check_arguments(
         if not isinstance(adapter, Adapter):
             raise TypeError(f"`adapters[{i}]` is a {type(adapter).__name__}, not an Adapter, which knows its scales.")
         check_only_factors(adapter.sites, f"`combine` cannot take `adapters[{i}]`")
+    if not isinstance(weights, Sequence | np.ndarray | jax.Array) or isinstance(weights, str):
+        raise TypeError(f"`weights` is a {type(weights).__name__}: write a list with one number for each adapter.")
     if len(weights) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give each adapter one.")
     for i, weight in enumerate(weights if not isinstance(weights, jax.Array) else ()):
-        if not isinstance(weight, jax.Array) and not math.isfinite(weight):
+        if isinstance(weight, jax.Array):
+            continue  # it may be traced
+        check_number(f"weights[{i}]", weight)
+        if not math.isfinite(weight):
             raise ValueError(f"`weights[{i}]={weight!r}` must be a finite number.")
     base, has_svd = method.removesuffix(SVD), method.endswith("svd")
     prunes, elects = REDUCTIONS.get(base, ("", False))

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lora_jax import targets
 from lora_jax.adapters import Adapter, expected_leaves
@@ -40,7 +42,7 @@ def resize(adapter: Adapter, rank: int | Mapping[str, int], *, key: jax.Array | 
     """
     patterns = dict(rank) if isinstance(rank, Mapping) else {".*": rank}
     for pattern, value in patterns.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"the rank {value!r} for {pattern!r} must be a positive whole number.")
     check_only_factors([s for s in adapter.sites if not s.is_full], "`resize` cannot change")
     sites, leaves, used = [], {}, set()
@@ -51,11 +53,12 @@ def resize(adapter: Adapter, rank: int | Mapping[str, int], *, key: jax.Array | 
             sites.append(site)
             leaves.update({path: adapter.leaf(path) for path in expected_leaves((site,))})
             continue
-        new = patterns[keys[0]]
+        new = int(patterns[keys[0]])
         alpha = site.alpha * (math.sqrt(new / site.rank) if site.rslora else new / site.rank)
         grown = replace(site, rank=new, alpha=alpha)
         sites.append(grown)
-        a, b = adapter.factors(site)
+        # As they are stored: what A has one row for stays one group.
+        a, b = (adapter.leaf(site.leaf_path(factor)) for factor in (LORA_A, LORA_B))
         leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = (
             _grown(site, grown, a, b, key) if new >= site.rank else _shrunk(site, grown, a, b)
         )
@@ -88,13 +91,15 @@ def rescale(adapter: Adapter, factor: float) -> Adapter:
     A factor of 0 gives the base, bit for bit, and the adapter's gradient is zero.
 
     **Raises:** `ValueError` for a factor that is not finite, and for `modules_to_save` and DoRA, whose change is
-    not linear in alpha.
+    not linear in alpha. `TypeError` for a factor that is no number: a traced one multiplies an `AdapterBank`'s scales.
     """
     return Adapter(adapter.to_dict(), rescaled(adapter.sites, factor))
 
 
 def rescaled(sites: Sequence[Site], factor: float) -> tuple[Site, ...]:
     """Sites of `factor` times the scale. **Raises:** as `rescale`."""
+    check_number("factor", factor)
+    factor = float(factor)
     if not math.isfinite(factor):
         raise ValueError(f"`factor={factor!r}` must be a finite number.")
     check_only_factors(sites, "`rescale` cannot change")
@@ -162,6 +167,28 @@ def _with_sites(adapter: Adapter, sites: Mapping[Site, Site]) -> Adapter:
         places = zip(expected_leaves((old,)), expected_leaves((new,)), strict=True)
         leaves.update({to: adapter.leaf(place) for place, to in places})
     return Adapter.from_leaves(leaves, tuple(sites.values()))
+
+
+def ungrouped(adapter: Adapter) -> Adapter:
+    """The same change by ordinary factors: QALoRA's A with the row of a group repeated for each of its inputs."""
+    if all(site.group == 1 for site in adapter.sites):
+        return adapter
+    leaves = {path: adapter.leaf(path) for path in expected_leaves(adapter.sites)}
+    for site in adapter.sites:
+        if site.group > 1:
+            leaves[site.leaf_path(LORA_A)] = adapter.factors(site)[0]
+    return Adapter.from_leaves(leaves, tuple(replace(site, group=1) for site in adapter.sites))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises a `TypeError` for what is no number of the host's: alphas are a part of an adapter's structure."""
+    is_array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and not isinstance(value, Tracer)
+    if not is_array and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
+        what = "traced" if isinstance(value, Tracer) else f"a {type(value).__name__}"
+        raise TypeError(
+            f"`{name}` is {what}: write a number. Scales that change inside of `jit` are those of an `AdapterBank`'s "
+            "stack."
+        )
 
 
 def check_only_factors(sites: Sequence[Site], what: str) -> None:

@@ -53,8 +53,10 @@ def extract(
     - `partial`: accept that parameters which the plan does not adapt (biases, norms) differ too and are lost.
 
     **Raises:** `ValueError` if the trees are not the plan's, hold a number that is not finite, or differ in parameters
-    that the plan leaves out, naming them.
+    that the plan leaves out, naming them; and for a plan that trains more or less than two factors (DoRA, `lora_bias`,
+    `use_qalora`, token rows), which no SVD of a difference gives.
     """
+    _refuse_more_than_factors(plan)
     paths, old, _ = tracing.flatten_params(base)
     new_paths, new, _ = tracing.flatten_params(tuned)
     check_params(plan.sites, {path: tuple(np.shape(x)) for path, x in zip(paths, old, strict=True)})
@@ -78,6 +80,21 @@ def extract(
         leaves[site.leaf_path(LORA_A)], leaves[site.leaf_path(LORA_B)] = (x.astype(plan.config.dtype) for x in factors)
         kept[site.name] = share
     return Extraction(Adapter.from_leaves(leaves, plan.sites), kept)
+
+
+def _refuse_more_than_factors(plan: Plan) -> None:
+    special = {
+        "use_dora": [site for site in plan.sites if site.dora],
+        "lora_bias": [site for site in plan.sites if site.lora_bias],
+        "use_qalora": [site for site in plan.sites if site.group > 1],
+        "trainable_token_indices": [site for site in plan.sites if site.tokens],
+    }
+    for field, sites in special.items():
+        if names := [f"`{site.name}`" for site in sites]:
+            raise ValueError(
+                f"`extract` finds two factors for each parameter, and `{field}` plans something else for "
+                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}: plan without `{field}`."
+            )
 
 
 def _paired(paths: Any, old: Any, new_paths: Any, new: Any) -> dict[tuple[str, ...], tuple[Any, Any]]:

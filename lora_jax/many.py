@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from lora_jax import _compat
 from lora_jax.bank import AdapterStack
@@ -39,7 +41,8 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
       become one array of shape (n,).
     - `key`: turns dropout on; part `i` draws with `jax.random.fold_in(key, i)`.
 
-    **Raises:** `ValueError` if the stack does not fit the plan, or a batch cannot be cut into as many parts.
+    **Raises:** `ValueError` if the stack does not fit the plan, a batch cannot be cut into as many parts, or an id is
+    none of the slots'. Traced ids are not looked at; beyond the last slot, what they give is undefined.
     """
     if selection is not None and selection not in SELECTIONS:
         raise ValueError(f"`selection={selection!r}` is none of None, {', '.join(map(repr, SELECTIONS))}.")
@@ -52,6 +55,8 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
         if not isinstance(stack, AdapterStack):
             hint = "; pass `bank.stack`" if hasattr(stack, "stack") else ""
             raise TypeError(f"`stack` must be an AdapterStack, got {type(stack).__name__}{hint}.")
+        if not isinstance(ids, Tracer) and (last := int(np.max(ids, initial=-1))) >= stack.slots:
+            raise ValueError(f"`ids` names slot {last}, and the stack has slots 0 to {stack.slots - 1}.")
         ids = jnp.asarray(ids)
         if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"`ids` must be (n,) integers, got {ids.dtype} {ids.shape}: `bank.ids([...])` gives them.")

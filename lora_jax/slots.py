@@ -17,7 +17,8 @@ def per_slot(tx: Any, stack: AdapterStack) -> Any:
     slot by itself. `update(grads, state, factors, active=mask)` leaves slots where the mask (slots,) is False exactly
     as they are, their moments, decay and counts as well; `active_slots(stack, ids)` makes the mask of a batch.
 
-    **Returns:** an `optax.GradientTransformationExtraArgs`. State leaves have the slots as their first axis.
+    **Returns:** an `optax.GradientTransformationExtraArgs`. State leaves have the slots as their first axis. A slot
+    that is given another adapter keeps the moments and counts of the one before until `fresh_slot` takes them away.
     """
     import optax
 
@@ -43,6 +44,20 @@ def per_slot(tx: Any, stack: AdapterStack) -> Any:
         return updates, jax.tree.map(lambda x, old: only(x, old, 0), new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def fresh_slot(tx: Any, state: Any, stack: AdapterStack, slot: int) -> Any:
+    """The state of `tx = per_slot(...)` with one slot as it is when training begins: for a new adapter in its place.
+
+        bank = bank.remove("a").add("b", adapter)
+        state = fresh_slot(tx, state, bank.stack, bank.slot("b"))
+
+    **Raises:** `ValueError` for a slot that the stack does not have.
+    """
+    if not 0 <= slot < stack.slots:
+        raise ValueError(f"there is no slot {slot}: the stack has slots 0 to {stack.slots - 1}.")
+    first = tx.init(stack.factors)
+    return jax.tree.map(lambda old, new: jnp.asarray(old).at[slot].set(new[slot]), state, first)
 
 
 def active_slots(stack: AdapterStack, ids: Any) -> jax.Array:

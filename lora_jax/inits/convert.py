@@ -57,18 +57,22 @@ def to_original(adapter: Adapter, initial: Adapter, params: Any, new_params: Any
 
 
 def difference(adapter: Adapter, initial: Adapter) -> Adapter:
-    """The adapter of rank 2r for s·A·B - s₀·A₀·B₀; what else `adapter` trains is its own."""
+    """The adapter of rank r + r₀ for s·A·B - s₀·A₀·B₀; what else `adapter` trains is its own."""
     started = {site.path: site for site in initial.sites}
     leaves = {path: adapter.leaf(path) for path in expected_leaves(adapter.sites)}
     sites = []
     for site in adapter.sites:
         if site.is_low_rank:
-            (a, b), (a0, b0) = adapter.factors(site), initial.factors(site)
-            b0 = -(started[site.path].scale / site.scale) * b0
+            first = started[site.path]
+            (a, b), (a0, b0) = adapter.factors(site), initial.factors(first)
+            if site.scale == 0:  # turned off: any other scale will do for factors that are zero
+                site, b = dataclasses.replace(site, alpha=float(site.rank), rslora=False), jnp.zeros_like(b)
+            b0 = -(first.scale / site.scale) * b0
             leaves[site.leaf_path(LORA_A)] = jnp.concatenate([a, a0], axis=-1)
             leaves[site.leaf_path(LORA_B)] = jnp.concatenate([b, b0], axis=len(site.sizes_of("l")))
-            grown = math.sqrt(2) if site.rslora else 2
-            site = dataclasses.replace(site, rank=2 * site.rank, alpha=site.alpha * grown)
+            rank = site.rank + first.rank
+            grown = math.sqrt(rank / site.rank) if site.rslora else rank / site.rank
+            site = dataclasses.replace(site, rank=rank, alpha=site.alpha * grown)
         sites.append(site)
     return Adapter.from_leaves(leaves, tuple(sites))
 

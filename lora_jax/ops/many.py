@@ -104,7 +104,7 @@ class _Operands(NamedTuple):
     second: jax.Array
     second_axes: Axes
     h_axes: Axes
-    on: jax.Array  # what a thin sum is multiplied by: 1 where it was chosen, of the shape of its first axes
+    on: jax.Array  # where a thin sum was chosen, of the shape of its first axes
 
 
 def _operands(spec: Contraction, many: Many, first: Any, second: Any, index: Any) -> _Operands:
@@ -120,10 +120,6 @@ def _operands(spec: Contraction, many: Many, first: Any, second: Any, index: Any
     return _Operands(*taken(first, many.first), *taken(second, many.second), (ROW, *spec.h), index >= 0)
 
 
-def _times(h: jax.Array, on: jax.Array) -> jax.Array:
-    return h * on.reshape(*on.shape, *(1,) * (h.ndim - on.ndim)).astype(h.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rows(spec: Contraction, many: Many, x: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
     return _forward(spec, many, x, first, second, scale, index)[0]
@@ -136,13 +132,23 @@ def _forward(spec: Contraction, many: Many, x: Any, first: Any, second: Any, sca
         x, (ROW, *spec.x), ops.first, ops.first_axes, ops.h_axes,
         precision=spec.precision, preferred_element_type=wide(x.dtype),
     )  # fmt: skip
-    h = _times(h, _scaled_mask(ops.on, scale, index)).astype(x.dtype)
-    return contract(h, ops.h_axes, ops.second, ops.second_axes, (ROW, *spec.y), precision=spec.precision), h
+    h = _chosen(h, ops.on, scale, index).astype(x.dtype)
+    y = contract(h, ops.h_axes, ops.second, ops.second_axes, (ROW, *spec.y), precision=spec.precision)
+    return _not_of_the_base(y, many, index), h
 
 
-def _scaled_mask(on: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
-    chosen = scale[jnp.maximum(index, 0)]
-    return on.astype(scale.dtype) * chosen.reshape(-1, *(1,) * (on.ndim - 1))
+def _chosen(h: jax.Array, on: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
+    """A thin sum times the scale of each row's adapter, and zero where it was not chosen: also where it overflowed."""
+    own = scale[jnp.maximum(index, 0)].astype(h.dtype)
+    on = on.reshape(*on.shape, *(1,) * (h.ndim - on.ndim))
+    return jnp.where(on, h * own.reshape(-1, *(1,) * (h.ndim - 1)), 0)
+
+
+def _not_of_the_base(y: jax.Array, many: Many, index: jax.Array) -> jax.Array:
+    """Zero for rows of the base, which were multiplied by some slot's factors: finite or not."""
+    if many.selection == "masked":
+        return y
+    return jnp.where(index.reshape(-1, *(1,) * (y.ndim - 1)) >= 0, y, 0)
 
 
 def _fwd(spec: Any, many: Any, x: Any, first: Any, second: Any, scale: Any, index: Any) -> Any:
@@ -155,8 +161,8 @@ def _bwd(spec: Contraction, many: Many, saved: Any, dy: jax.Array) -> Any:
     ops = _operands(spec, many, first, second, index)
     pair = functools.partial(contract, precision=spec.precision, preferred_element_type=wide(x.dtype))
     g = pair(dy, (ROW, *spec.y), ops.second, ops.second_axes, ops.h_axes)
-    g = _times(g, _scaled_mask(ops.on, scale, index)).astype(x.dtype)
-    dx = pair(g, ops.h_axes, ops.first, ops.first_axes, (ROW, *spec.x)).astype(x.dtype)
+    g = _chosen(g, ops.on, scale, index).astype(x.dtype)
+    dx = _not_of_the_base(pair(g, ops.h_axes, ops.first, ops.first_axes, (ROW, *spec.x)), many, index).astype(x.dtype)
     dfirst = pair(x, (ROW, *spec.x), g, ops.h_axes, ops.first_axes)
     dsecond = pair(h, ops.h_axes, dy, (ROW, *spec.y), ops.second_axes)
     if many.selection != "masked":

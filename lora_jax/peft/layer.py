@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,19 +81,26 @@ class LoraLayer:
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """`scale` times the scaling that the adapter was made with."""
-        self._change(adapter, lambda site, made: made.alpha * scale)
+        self._change(adapter, scale, lambda site, made: made.alpha * scale)
 
     def scale_layer(self, scale: float) -> None:
         """`scale` times the present scaling of the active adapters."""
         for name in self.active_adapters:
-            self._change(name, lambda site, made: site.alpha * scale)
+            self._change(name, scale, lambda site, made: site.alpha * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """The inverse of `scale_layer`; None goes back to the scaling that the adapters were made with."""
-        for name in self.active_adapters:
-            self._change(name, lambda site, made: made.alpha if scale is None else site.alpha / scale)
+        """The inverse of `scale_layer`; None goes back to the scaling that the adapters were made with.
 
-    def _change(self, name: str, alpha: Callable[[Site, Site], float]) -> None:
+        **Raises:** `ValueError` for a scale of 0, by which nothing can have been scaled and come back.
+        """
+        if scale == 0:
+            raise ValueError("`unscale_layer(0)` divides by zero: write `unscale_layer()` for the scaling at first.")
+        for name in self.active_adapters:
+            self._change(name, scale, lambda site, made: made.alpha if scale is None else site.alpha / scale)
+
+    def _change(self, name: str, scale: float | None, alpha: Callable[[Site, Site], float]) -> None:
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"`scale={scale!r}` must be a finite number.")
         model = self._model
         adapter, known = model.adapter(name), model._known.value[name]
         made = {site.path: site for site in known.made}

@@ -24,27 +24,13 @@ from lora_jax.nnx import AdaptedModule, Static, variables
 from lora_jax.nnx_call import BASE_PARAMS, Call
 from lora_jax.peft.config import LoraConfig
 from lora_jax.peft.initial import initial
+from lora_jax.peft.known import Known, Moved, replanned
 from lora_jax.peft.layer import LoraLayer
 from lora_jax.planning import Plan
-from lora_jax.sites import Site
 
 
 class FrozenLoRA(nnx.Variable):
     """A factor of an adapter that is not trained now: an optimizer with `wrt=nnx.LoRAParam` leaves it alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What is remembered of one adapter beside its factors.
-
-    `plan`: its sites are the adapter's; `made`: the sites that it was made with, to which scales are relative;
-    `start`: its first factors, if the base gave a part of itself to them.
-    """
-
-    plan: Plan
-    config: LoraConfig
-    made: tuple[Site, ...]
-    start: Adapter | None = None
 
 
 class LoraModel(AdaptedModule):
@@ -76,6 +62,13 @@ class LoraModel(AdaptedModule):
         loss: Callable[..., jax.Array] | None = None,
         mask: Callable[..., jax.Array] | None = None,
     ):
+        if config is not None and not isinstance(config, LoraConfig):
+            raise TypeError(f"`config` is a {type(config).__name__}: write a `lora_jax.peft.LoraConfig`.")
+        if not isinstance(inputs, tuple | list | Mapping):
+            raise TypeError(
+                f"`inputs` is a {type(inputs).__name__}: write the tuple of a call's arguments, `inputs=(x,)`, or a "
+                "dictionary of keyword arguments."
+            )
         self.base = nnx.clone(model)  # other variables, the same arrays
         self.lora = nnx.Dict({})
         self.lora_implementation = None
@@ -84,6 +77,7 @@ class LoraModel(AdaptedModule):
         self._inputs = Static(jax.tree.map(_abstract, inputs))
         self._known = Static({})
         self._unmerged = Static(None)  # the base's parameters as they were before merging
+        self._moved = Static(None)  # `Moved`, if an initialiser changed the base
         self._active: tuple[str, ...] = ()
         self._merged: tuple[str, ...] = ()
         self._enabled = True
@@ -144,8 +138,13 @@ class LoraModel(AdaptedModule):
         loss: Callable[..., jax.Array] | None = None,
         mask: Callable[..., jax.Array] | None = None,
     ) -> None:
-        """Adds an adapter, inactive. **Raises** `ValueError` for a name that is taken, or as `lora_jax.plan`."""
+        """Adds an adapter, inactive.
+
+        **Raises:** `ValueError` for a name that is taken, for a model whose base another adapter's initialiser changed,
+        and as `lora_jax.plan`.
+        """
         self._must_be_new(adapter_name)
+        self._must_have_its_base(adapter_name)
         call = self._call()
         plan = planning.plan(call.fn, call.params, call.state, call.inputs, config=config.to_lora())
         graphdef, _, rest = nnx.split(self.base, BASE_PARAMS, ...)
@@ -157,7 +156,8 @@ class LoraModel(AdaptedModule):
             assert loss is not None
             return loss(nnx.merge(graphdef, params, rest), *args, **kwargs)
 
-        params = self.params
+        # Magnitudes and copies start from the base that this adapter is for, whatever is merged into it just now.
+        params = self._unmerged_params()
         start, new = initial(config, plan, params, self.lora_rngs.lora(), fn, batches, of_model if loss else None, mask)
         changes_base = new is not params
         if changes_base and (self._known.value or self._merged):
@@ -167,7 +167,8 @@ class LoraModel(AdaptedModule):
             )
         if changes_base:
             nnx.update(self.base, new)
-        self._put(adapter_name, start, Known(plan, config, start.sites, start if changes_base else None))
+            self._moved = Static(Moved(str(config.init_lora_weights), plan, start))
+        self._put(adapter_name, start, Known(plan, config, start.sites))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """**Raises** `ValueError` for an unknown or a merged adapter."""
@@ -187,6 +188,8 @@ class LoraModel(AdaptedModule):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self._must_know(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"`set_adapter({list(names)})` names an adapter twice, which would count twice.")
         if self._merged:
             warnings.warn(f"unmerges {', '.join(self._merged)} before another adapter is set.", stacklevel=2)
             self.unmerge_adapter()
@@ -228,8 +231,10 @@ class LoraModel(AdaptedModule):
         first = self._known.value[adapters[0]]
         rank = max(site.rank for site in combined.sites)
         config = dataclasses.replace(
-            first.config, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
-            init_lora_weights=True,
+            first.config, r=rank, lora_alpha=rank, use_rslora=False, use_qalora=False, rank_pattern={},
+            alpha_pattern={}, init_lora_weights=True,
+            target_modules=sorted({site.module or site.name for site in combined.sites}),
+            exclude_modules=None, layers_to_transform=None, layers_pattern=None, target_parameters=None,
         )  # fmt: skip
         self._put(adapter_name, combined, Known(first.plan, config, combined.sites))
 
@@ -237,8 +242,7 @@ class LoraModel(AdaptedModule):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Folds adapters (the active ones if None) into the base of this model, which remembers what it was."""
-        if isinstance(adapter_names, str):
-            raise TypeError(f"`adapter_names={adapter_names!r}` is a string; write [{adapter_names!r}].")
+        _refuse_a_string(adapter_names)
         names = list(self._active if adapter_names is None else adapter_names)
         for name in names:
             self._must_know(name)
@@ -265,6 +269,7 @@ class LoraModel(AdaptedModule):
 
     def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nnx.Module:
         """A new module like the base, with the adapters folded in. This model stays as it is."""
+        _refuse_a_string(adapter_names)
         names = self._active if adapter_names is None else adapter_names
         params = self.params
         for name in names:
@@ -275,15 +280,17 @@ class LoraModel(AdaptedModule):
         return out
 
     def unload(self) -> nnx.Module:
-        """A new module like the base, without any adapter."""
-        out = nnx.clone(self.base)
-        if self._merged:
-            nnx.update(out, self._unmerged.value)
+        """A new module like the base, without any adapter; what an initialiser took from the base is given back."""
+        out, params, start = nnx.clone(self.base), self._unmerged_params(), self._taken()
+        nnx.update(out, params if start is None else merge(params, start))
         return out
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base without adapters inside of `with`; afterwards all is as before, merged adapters included."""
+        """The base without adapters inside of `with`; afterwards all is as before, merged adapters included.
+
+        That is the base which the model was made of, whatever an initialiser took from it; after LoftQ, the quantised.
+        """
         enabled, merged = self._enabled, self._merged
         if merged:
             self.unmerge_adapter()
@@ -322,14 +329,30 @@ class LoraModel(AdaptedModule):
     def _in_use(self) -> tuple[Plan, Adapter | None]:
         names = [name for name in self._active if name not in self._merged] if self._enabled else []
         if not names:
-            return planning.Plan(LoRAConfig(), (), ()), None
+            return self._without_any()
         plans = [self._known.value[name].plan for name in names]
         if len(names) == 1:
             return plans[0], self.adapter(names[0])
         if len({plan.config.dropout for plan in plans}) > 1 and not self.deterministic:
             raise ValueError(f"{', '.join(names)} have different dropout: train one of them, or call `eval()`.")
         together = combine([self.adapter(name) for name in names], [1.0] * len(names), "cat")
-        return _replanned(plans[0], together), together
+        return replanned(plans[0], together), together
+
+    def _without_any(self) -> tuple[Plan, Adapter | None]:
+        """The base as it was: that of this model, with what was taken from it put back."""
+        start = None if self._merged else self._taken()
+        if start is None:
+            return planning.Plan(LoRAConfig(), (), ()), None
+        plan = self._moved.value.plan
+        return dataclasses.replace(plan, config=plan.config.replace(dropout=0.0)), start
+
+    def _unmerged_params(self) -> Any:
+        return self._unmerged.value if self._merged else self.params
+
+    def _taken(self) -> Adapter | None:
+        """The factors that hold a part of the base. What quantising took away is in none."""
+        moved = self._moved.value
+        return None if moved is None or moved.init == "loftq" else moved.start
 
     def _call(self) -> Call:
         inputs = self._inputs.value
@@ -337,7 +360,7 @@ class LoraModel(AdaptedModule):
         return Call(self.base, (), "__call__", args, kwargs)
 
     def _put(self, name: str, adapter: Adapter, known: Known) -> None:
-        known = dataclasses.replace(known, plan=_replanned(known.plan, adapter))
+        known = dataclasses.replace(known, plan=replanned(known.plan, adapter))
         self._known = Static({**self._known.value, name: known})
         kind = nnx.LoRAParam if name in self._trained() else FrozenLoRA
         self.lora[name] = variables(adapter.to_dict(), kind)
@@ -359,6 +382,13 @@ class LoraModel(AdaptedModule):
         if name not in self._known.value:
             raise ValueError(f"there is no adapter {name!r}; there are {', '.join(map(repr, self._known.value))}.")
 
+    def _must_have_its_base(self, name: str) -> None:
+        if (moved := self._moved.value) is not None:
+            raise ValueError(
+                f"`init_lora_weights={moved.init!r}` changed the base of this model, so that {name!r} would not be an "
+                "adapter for the base it was made of: make a model of its own."
+            )
+
     def _must_be_new(self, name: str) -> None:
         # It becomes the name of a folder in `save_pretrained`.
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
@@ -367,9 +397,9 @@ class LoraModel(AdaptedModule):
             raise ValueError(f"there is an adapter {name!r} already: choose another name, or delete it first.")
 
 
-def _replanned(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with the adapter's own sites."""
-    return plan if plan.sites == adapter.sites else dataclasses.replace(plan, sites=adapter.sites)
+def _refuse_a_string(adapter_names: Any) -> None:
+    if isinstance(adapter_names, str):
+        raise TypeError(f"`adapter_names={adapter_names!r}` is a string; write [{adapter_names!r}].")
 
 
 def _abstract(leaf: Any) -> Any:

@@ -12,7 +12,8 @@ from flax import nnx
 
 from lora_jax.inits.convert import difference
 from lora_jax.peft.config import LoraConfig
-from lora_jax.peft.model import Known, LoraModel
+from lora_jax.peft.known import Known
+from lora_jax.peft.model import LoraModel
 from lora_torch import load_peft, plan_peft, save_peft
 from lora_torch.peft_settings import read_config
 
@@ -38,22 +39,23 @@ class PeftModel(LoraModel):
     ) -> None:
         """Writes each adapter as PEFT does, `"default"` at the root and others in folders of their names.
 
-        An adapter whose initialiser changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is written converted, for the
-        original base: PEFT and everything else then load it without knowing of the initialiser.
+        Where an initialiser changed the base (PiSSA, OLoRA, CorDA, LoRA-GA), every adapter is written converted, for
+        the original base: PEFT and everything else then load it without knowing of the initialiser.
 
         **Raises:** `ValueError` for an unknown name, a base that was quantised (LoftQ), and as `save_peft`.
         """
+        taken = self._taken()
         for name in selected_adapters or list(self.peft_config):
             self._must_know(name)
             known = self._known.value[name]
             adapter = self.adapter(name)
-            if known.config.computed_init == "loftq":
+            if self._moved.value is not None and taken is None:
                 raise ValueError(
                     f"{name!r} belongs to the quantised base of this model. Save both: `lora_torch.save_peft("
                     "model.adapter(...), ...)` and `lora_torch.to_torch_state_dict(model.params, ...)`."
                 )
-            if known.start is not None:
-                adapter = difference(adapter, known.start)
+            if taken is not None:
+                adapter = difference(adapter, taken)
             directory = Path(save_directory) if name == "default" else Path(save_directory) / name
             save_peft(
                 adapter, directory, known.plan, names=names, tied=tied, task_type=known.config.task_type,
@@ -94,11 +96,12 @@ class PeftModel(LoraModel):
         names: Any = "nnx",
         tied: Mapping[str, str] | None = None,
     ) -> None:
-        """Adds the adapter of a PEFT directory, inactive."""
+        """Adds the adapter of a PEFT directory, inactive. **Raises:** as `add_adapter` and `from_pretrained`."""
         self._must_be_new(adapter_name)
+        self._must_have_its_base(adapter_name)
         directory, call = Path(model_id), self._call()
         plan = plan_peft(directory, call.fn, call.params, call.state, call.inputs, names=names, tied=tied)
-        adapter = load_peft(directory, plan, names=names, tied=tied, params=call.params)
+        adapter = load_peft(directory, plan, names=names, tied=tied, params=self._unmerged_params())
         fields = LoraConfig.__dataclass_fields__
         stored = {key: value for key, value in read_config(directory).items() if key in fields}
         config = LoraConfig(**{**stored, "inference_mode": not is_trainable})

@@ -51,6 +51,7 @@ class Chosen(Running):
         axes = w.axes_of(name)
         index = jnp.maximum(w.factors["index"], 0)
         chosen = jax.lax.dynamic_index_in_dim(w.factors[name], index, axes.index(SLOT), keepdims=False)
+        chosen = jnp.where(w.factors["index"] < 0, 0, chosen)  # and not by a scale of 0, which leaves NaN
         return chosen, tuple(axis for axis in axes if axis != SLOT)
 
     def materialise(self, w: Virtual) -> jax.Array:
@@ -112,7 +113,7 @@ class Chosen(Running):
         (a, a_axes), (b, b_axes) = parts
         shown = tuple(atom for dim in rest for atom in dim)
         delta = contract(a.astype(wide), a_axes, b.astype(wide), b_axes, shown).reshape(base.shape)
-        return base + (_scale(w).astype(wide) * delta).astype(base.dtype)
+        return base + jnp.where(w.factors["index"] < 0, 0, _scale(w).astype(wide) * delta).astype(base.dtype)
 
     def times(self, w: Virtual, factor: Callable[[jax.Array], jax.Array]) -> Virtual:
         return w.replace(base=factor(w.base), factors={**w.factors, "b": factor(w.factors["b"])})

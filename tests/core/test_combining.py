@@ -154,7 +154,8 @@ def test_reductions_of_the_factors(method, majority):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.endswith("_svd") and "dare" not in m])
 def test_reductions_of_the_changes(method):
-    adapters, weights, density = [adapter_of(i, 2 + i, 2.0 + i, SOME) for i in range(3)], [0.5, -1.25, 2.0], 0.3
+    adapters, weights, density = [adapter_of(i, 2 + i, 3.0 - i, SOME) for i in range(3)], [0.5, -1.25, 2.0], 0.3
+    assert len({adapter.sites[0].scale for adapter in adapters} | {1.0}) == 4
     got = changes(lj.combine(adapters, weights, method, density=density, rank=7))  # full: nothing is cut off
     each = [changes(adapter) for adapter in adapters]
     for name in SOME:

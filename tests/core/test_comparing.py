@@ -76,7 +76,7 @@ def planned(rank=3, **changes):
 
 def test_extract_what_was_merged(keys):
     """A change of the plan's rank comes back whole, in any layout, from arrays or memory maps."""
-    params, plan = planned(target_modules=["up", "down"])
+    params, plan = planned(target_modules=["up", "down"], alpha_pattern={"down": -2.0})  # a scale of either sign
     adapter = random_adapter(plan, np.float64)
     tuned = jax.tree.map(np.asarray, lj.merge(params, adapter))
     got = lj.extract(plan, params, tuned, key=keys())
@@ -114,6 +114,14 @@ def test_extract_loses_nothing_silently(keys):
     broken = {**params, "up": {**params["up"], "kernel": params["up"]["kernel"].at[0].set(np.nan)}}
     with pytest.raises(ValueError, match="`up.kernel`: the two models differ by numbers that are not finite"):
         lj.extract(plan, params, broken, key=keys())
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+def test_extract_takes_plans_of_two_factors_only(setting, keys):
+    """Else the adapter would lack the leaf of that setting, and nothing would say so before it is used."""
+    params, plan = planned(target_modules=["up"], **{setting: True})
+    with pytest.raises(ValueError, match=rf"`{setting}` plans something else for `up\.kernel`: plan without"):
+        lj.extract(plan, params, params, key=keys())
 
 
 def test_status():

@@ -107,6 +107,28 @@ def test_bad_arguments(call, says):
         call(adapter_of(1, names=NAMES))
 
 
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda a: lj.rescale(a, "2"), "`factor` is a str: write a number"),
+        (lambda a: jax.jit(lambda s: lj.rescale(a, s))(2.0), "`factor` is traced: .*an `AdapterBank`'s stack"),
+        (lambda a: lj.combine([a], [None]), r"`weights\[0\]` is a NoneType: write a number"),
+        (lambda a: lj.combine([a], 1.0), "`weights` is a float: write a list with one number for each adapter"),
+        (lambda a: lj.combine(a, [1.0]), r"is one Adapter: write a list, \[adapter\]"),
+    ],
+)
+def test_wrong_types(call, says):
+    with pytest.raises(TypeError, match=says):
+        call(adapter_of(1, names=["q.kernel"]))
+
+
+def test_numbers_of_numpy_are_numbers():
+    adapter = adapter_of(1, names=["q.kernel"])
+    assert lj.resize(adapter, np.int64(5)).sites == lj.resize(adapter, 5).sites
+    for two in (np.float32(2), np.asarray(2.0), jnp.asarray(2)):
+        assert lj.rescale(adapter, two).sites == lj.rescale(adapter, 2.0).sites
+
+
 def test_full_copies_are_kept_or_refused():
     site = lj.Site(("head", "kernel"), (3, 2), "float32", "full")
     both = lj.Adapter.from_leaves(

@@ -144,6 +144,36 @@ def test_adapters_come_and_go_without_compiling():
     assert sorted(smaller) == ["a", "c"] and "b" not in smaller and len(bank) == 3
 
 
+@pytest.mark.parametrize("selection", ["gathered", "masked"])
+def test_an_adapter_that_diverged_is_nobody_elses_trouble(selection):
+    """Zero times NaN is NaN: a slot that is not chosen, or free again, must not be multiplied by zero alone."""
+    params, plan, bank, adapters = setup(target_modules=["heads", "table"])
+    many = jax.jit(lj.apply_many(model, plan, selection=selection))
+    names = ["b", "__base__", "b"]
+    want = many(params, bank.stack, bank.ids(names), TOKENS[:3])
+    broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(np.nan), adapters["a"])
+    with pytest.raises(ValueError, match=r"'a' holds numbers that are not finite \(heads/lora_A/kernel, "):
+        bank.replace("a", broken)
+    # As training may leave them.
+    after = bank.with_factors(jax.tree.map(jnp.multiply, bank.stack.factors, nan_in_slot(bank, "a")))
+    assert np.isnan(many(params, after.stack, after.ids(["a"] * 3), TOKENS[:3])).all()
+    freed = after.remove("a")
+    np.testing.assert_array_equal(many(params, freed.stack, freed.ids(names), TOKENS[:3]), want)
+    if selection == "gathered":
+        np.testing.assert_array_equal(many(params, after.stack, after.ids(names), TOKENS[:3]), want)
+
+
+def nan_in_slot(bank, name):
+    """A tree like the factors: NaN in one slot and ones in the others."""
+
+    def one(leaf, axis):
+        shape = [1] * leaf.ndim
+        shape[axis] = bank.stack.slots
+        return np.where(np.arange(bank.stack.slots) == bank.slot(name), np.nan, 1.0).reshape(shape)
+
+    return jax.tree.map(one, bank.stack.factors, bank.stack.slot_axes())
+
+
 def test_what_goes_in_comes_out():
     _, _, bank, adapters = setup()
     for name, adapter in adapters.items():
@@ -235,6 +265,7 @@ def test_axes():
         (lambda b, a: b.ids(["a", "bb"]), "no adapter 'bb' in the bank; there is b"),
         (lambda b, a: b.rename("a", "b"), "'b' is taken already"),
         (lambda b, a: lj.AdapterBank.create(b.stack.sites, 0), "must be a positive whole number"),
+        (lambda b, a: lj.AdapterBank.create(b.stack.sites, 1, rank=0), "`rank=0` must be a positive whole number"),
     ],
 )
 def test_bad_calls(call, says):
@@ -254,6 +285,14 @@ def test_what_does_not_fit_is_refused():
         many(params, bank, bank.ids(IDS), TOKENS)
     with pytest.raises(ValueError, match=r"must be \(n,\) integers, got float64"):
         many(params, bank.stack, np.ones(6), TOKENS)
+    with pytest.raises(ValueError, match="`ids` names slot 5, and the stack has slots 0 to 4"):
+        many(params, bank.stack, [5] * 6, TOKENS)
+    with pytest.raises(TypeError, match=r"write \['abc'\]"):
+        bank.ids("abc")
+    with pytest.raises(TypeError, match="`sites` is a Plan: write `AdapterBank.create"):
+        lj.AdapterBank.create(plan, 2)
+    with pytest.raises(TypeError, match="`dtype=int32` cannot hold factors"):
+        lj.AdapterBank.create(plan.sites, 2, dtype="int32")
     with pytest.raises(ValueError, match="`selection='sorted'` is none of"):
         lj.apply_many(model, plan, selection="sorted")
     dora = lj.plan(model, params, TOKENS, config=config(target_modules=["heads"], use_dora=True))

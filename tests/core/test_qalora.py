@@ -93,6 +93,34 @@ def test_pefts_own_forward_pass(tmp_path: Path):
         save_peft(adapter, tmp_path / "v", plan, target="vllm")
 
 
+def test_operations_on_adapters():
+    """A rank keeps the groups; a sum and a bank have ordinary factors. All of them compute the same change."""
+    plan, adapter = made()
+    run = jax.jit(lambda adapter: lj.apply(fn, plan)(PARAMS, adapter, X))
+    want = np.asarray(run(adapter))
+
+    def same(got, value=want):
+        return np.allclose(got, value, rtol=2e-5, atol=2e-5)
+
+    assert not same(fn(PARAMS, X))
+    grown, back = lj.resize(adapter, 5, key=jax.random.key(1)), lj.resize(lj.resize(adapter, 5), 3)
+    assert same(run(grown)) and same(run(back))
+    assert {site.group for site in (*grown.sites, *back.sites)} == {GROUP}
+    dense = np.asarray(lj.merge(PARAMS, adapter)["up"]["kernel"] - PARAMS["up"]["kernel"], np.float64)
+    u, s, vt = np.linalg.svd(dense)
+    assert same(run(lj.resize(adapter, 2)), fn(PARAMS, X) + X @ (u[:, :2] * s[:2] @ vt[:2]))
+
+    ordinary = lj.plan(fn, PARAMS, X, config=lj.LoRAConfig(**{**SETTINGS, "use_qalora": False})).init(jax.random.key(2))
+    both = lj.combine([adapter, ordinary], [2.0, -1.0])
+    assert same(run(both), fn(PARAMS, X) + 2 * (want - fn(PARAMS, X)) - (run(ordinary) - fn(PARAMS, X)))
+    bank = lj.AdapterBank.create(plan.sites, 2).add("groups", adapter).add("plain", ordinary)
+    got = lj.apply_many(fn, plan)(PARAMS, bank.stack, bank.ids(["groups", "plain", "__base__", "groups", "plain"]), X)
+    assert same(got[::3], want[::3]) and same(got[1::3], run(ordinary)[1::3]) and same(got[2], fn(PARAMS, X)[2])
+    assert same(run(bank.get("groups")))
+    with pytest.raises(ValueError, match=r"`use_qalora` plans something else for `up\.kernel`: plan without"):
+        lj.extract(plan, PARAMS, lj.merge(PARAMS, adapter), key=jax.random.key(0))
+
+
 def test_what_has_no_groups():
     for changes, message in (
         (dict(qalora_group_size=5), "12 inputs are no groups of `qalora_group_size=5`"),

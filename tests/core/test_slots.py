@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lora_jax as lj
 from lora_jax import reference
@@ -104,3 +105,31 @@ def test_without_a_mask_every_slot_moves():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(still))
     for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_new_adapter_in_an_old_slot():
+    """It trains as if it had always been alone, and the others go on: after `fresh_slot`, and not without it."""
+    params, data = cast(PARAMS, np.float32), cast(batches(0), np.float32)
+    plan = lj.plan(loss, params, data, config=config())
+    old, other, new = (random_adapter(plan, np.float32, seed) for seed in range(3))
+    bank = lj.AdapterBank.create(plan.sites, 2).add("old", old).add("other", other)
+    tx = lj.per_slot(TX, bank.stack)
+
+    def factors_of(adapter):  # gradients that differ
+        return lj.AdapterBank.create(plan.sites, 2).add("x", adapter).add("y", adapter).stack.factors
+
+    update = jax.jit(tx.update)
+    _, state = update(factors_of(old), tx.init(bank.stack.factors), bank.stack.factors)
+    bank = bank.remove("old").add("new", new)
+    fresh = lj.fresh_slot(tx, state, bank.stack, bank.slot("new"))
+    (moved, _), (stale, _) = (update(factors_of(other), s, bank.stack.factors) for s in (fresh, state))
+    alone, _ = TX.update(other, TX.init(new), new)
+    slot = bank.slot("new")
+    for got, kept, want in zip(*map(jax.tree.leaves, (moved, stale, alone)), strict=True):
+        got, kept = np.asarray(got), np.asarray(kept)  # (layers, slots, ...)
+        bound = reference.tolerance(np.float32, 100) * np.abs(want).max()
+        assert reference.excess(got[:, slot], np.asarray(want), bound) <= 1
+        assert reference.excess(kept[:, slot], np.asarray(want), bound) > 1
+        np.testing.assert_array_equal(got[:, 1 - slot], kept[:, 1 - slot])
+    with pytest.raises(ValueError, match="there is no slot 2: the stack has slots 0 to 1"):
+        lj.fresh_slot(tx, state, bank.stack, 2)
