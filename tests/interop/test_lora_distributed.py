@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor  # noqa: E402
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from lora_torch.lora import PeftConfig, apply_lora_to_linear_modules, patch_linear_module  # noqa: E402
@@ -60,6 +61,9 @@ def test_inputs_and_weights_over_a_mesh(mesh, weight, x_placement, options):
     layer = patch_linear_module(split(linear(K, N), mesh, weight), 4, 7, use_triton=False, **options)
     assert layer.lora_A.weight.placements == (weight if weight == Shard(1) else Replicate(),)
     assert layer.lora_B.weight.placements == (weight if weight == Shard(0) else Replicate(),)
+    if options:  # of columns on several devices each has a part of the norm, which nothing could train
+        assert layer.lora_magnitude.placements == (weight if weight == Shard(0) else Replicate(),)
+        layer.init_dora_magnitude()
     assert layer.lora_A.weight.full_tensor().any() and layer.lora_A.weight.requires_grad
     with torch.no_grad():
         layer.lora_B.weight.copy_(distribute_tensor(torch.randn(N, 4), mesh, layer.lora_B.weight.placements))
@@ -78,6 +82,29 @@ def test_inputs_and_weights_over_a_mesh(mesh, weight, x_placement, options):
     want.backward(dy)
     for name, value in {"y": want, "x": x.grad, "a": alone.lora_A.weight.grad, "b": alone.lora_B.weight.grad}.items():
         assert relative(found[name], value) < 1e-6, name
+
+
+# Split by torch's own plans. The second's outputs are partial sums, whose elements cannot be dropped one by one.
+@pytest.mark.parametrize("plan", [ColwiseParallel, RowwiseParallel])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_tensor_parallel_layers_with_dropout(mesh, plan, options):
+    model = parallelize_module(nn.Sequential(linear(K, N)), mesh, {"0": plan()})
+    apply_lora_to_linear_modules(model, PeftConfig(["0"], dim=4, alpha=7, dropout=0.4, **options))
+    layer = model[0]
+    with torch.no_grad():
+        layer.lora_B.weight.copy_(distribute_tensor(torch.randn(N, 4), mesh, layer.lora_B.weight.placements))
+    x, dy = tensors(9, K, n=N)
+    alone = whole(layer, dropout=0.4, **options)
+    torch.manual_seed(1)
+    want = alone(x)
+    want.backward(dy)
+    torch.manual_seed(1)
+    y = model(x.detach())
+    y.backward(dy)
+    assert relative(y, want) < 1e-6 and relative(alone.eval()(x), want) > 0.01
+    for name in ("lora_A", "lora_B"):
+        got = getattr(layer, name).weight.grad.full_tensor()
+        assert relative(got, getattr(alone, name).weight.grad) < 1e-6
 
 
 def test_splitting_after_adapting(mesh):
