@@ -202,7 +202,7 @@ def test_one_base_in_memory_for_both() -> None:
 
 
 def test_later_training_changes_no_copy() -> None:
-    """Of rank 1 the transposed factor is the same memory, which no reshaping would have copied."""
+    """Of rank 1 too, where a transposed factor could be the same memory."""
     plan = lj.plan(fn, PARAMS, X, config=lj.LoRAConfig(rank=1, alpha=1.5, target_modules=["up", "down"]))
     model = torch_model("torchtune", 1, 1.5)
     adapter = adapter_from_torch(model, plan)
