@@ -9,7 +9,7 @@
 
 The module M has the same name in all of them, and the shapes agree: A (rank, in), B (out, rank), magnitude (out,). So a
 translation moves no values, except the q and k rows of a `TuneDecoder`. What none of them stores is the scale:
-`lora_torch.check_scales` compares it.
+`live_models.check_scales` compares it.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def translate(
 
     **Raises:** `ValueError` naming every key that cannot be read or written, each with what to do.
     """
-    for argument, name in (("source", source), ("target", target)):
-        if name not in DIALECTS:
-            raise ValueError(f"`{argument}={name!r}` is none of {sorted(DIALECTS)}")
+    check_dialect(source, "source")
+    check_dialect(target, "target")
     if keep not in ("all", "base", "adapter"):
         raise ValueError(f"`keep={keep!r}` is none of 'all', 'base', 'adapter'")
     if decoder is not None and (source == "torchtune") == (target == "torchtune"):
@@ -138,6 +137,12 @@ def translate(
         # Only the name is asked for: an empty module has no rows to move.
         marked = frozenset(move(module, A, None)[0] for module in marked)
     return put_together(Tensors(kept, marked), target, adapter_name)
+
+
+def check_dialect(name: str, argument: str = "dialect") -> None:
+    """**Raises** `ValueError` unless the table of this module has `name`."""
+    if name not in DIALECTS:
+        raise ValueError(f"`{argument}={name!r}` is none of {sorted(DIALECTS)}")
 
 
 def take_apart(state_dict: Mapping[str, Any], source: DialectName, adapter_name: str = "default") -> Tensors:

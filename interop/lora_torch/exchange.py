@@ -24,8 +24,19 @@ from lora_jax.sites import MAGNITUDE as LEAF
 
 from .arrays import KINDS, Kind, convert, kind_of, ops_of, shape_dtype
 from .checks import kept_by
-from .dialects import MAGNITUDE, PARTS, A, B, DialectName, Tensors, check_bias, put_together, take_apart
-from .live_models import check_scales, dialect_of, raise_together
+from .dialects import (
+    MAGNITUDE,
+    PARTS,
+    A,
+    B,
+    DialectName,
+    Tensors,
+    check_bias,
+    check_dialect,
+    put_together,
+    take_apart,
+)
+from .live_models import check_scales, check_writable, dialect_of, raise_together
 from .naming import nearest
 from .peft_full import full_tensors
 from .peft_names import Names, as_naming, full_entries, places, torch_path
@@ -66,6 +77,7 @@ def adapter_to_torch(
 
     **Raises:** `ValueError` listing every site that is no linear layer in torch, or has no name.
     """
+    check_dialect(dialect)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {list(KINDS)}")
     naming = as_naming(names)
@@ -117,6 +129,8 @@ def adapter_from_torch(
     placed = linear_places(sites, names)
     state_dict = source
     if not isinstance(source, Mapping):
+        if not hasattr(source, "named_modules"):
+            raise TypeError(f"`source` is a {type(source).__name__}: pass a torch model or a state dict")
         state_dict, own = source.state_dict(), dialect_of(source, adapter_name)
         if dialect not in (None, own):
             raise ValueError(f"`dialect={dialect!r}`, but the model's adapters are {own!r}; leave it out")
@@ -124,6 +138,7 @@ def adapter_from_torch(
         check_scales(source, scales_of(placed, decoder), adapter_name)
     elif dialect is None:
         raise ValueError("say the `dialect` of a state dict: 'lora', 'torchtune', 'peft' or 'peft-file'")
+    check_dialect(dialect)
     full = [site for site in sites if site.is_full]
     _refuse_full(full, dialect)
     tensors = take_apart(state_dict, dialect, adapter_name)
@@ -167,13 +182,14 @@ def load_torch_adapter(
 
     Values are cast to the parameters' dtype and device.
 
-    **Raises:** as `adapter_to_torch`; `ValueError` listing every module that only one side adapts, and every shape and
-    scale that differs. The model is left as it was.
+    **Raises:** as `adapter_to_torch`; `ValueError` listing every module that only one side adapts, every shape and
+    scale that differs, and layers that are merged or on the meta device. The model is left as it was.
     """
     import torch
 
     dialect = dialect_of(model, adapter_name)
     check_scales(model, scales_of(linear_places(adapter.sites, names), decoder), adapter_name)
+    check_writable(model, adapter_name)
     state = adapter_to_torch(adapter, dialect, names=names, adapter_name=adapter_name, decoder=decoder)
     own = dict(model.named_parameters(remove_duplicate=False))
     tensors = take_apart(own, dialect, adapter_name)

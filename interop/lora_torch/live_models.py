@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .dialects import PEFT_PREFIX, DialectName
@@ -10,6 +10,7 @@ from .patterns import nearest
 
 # A scale is one division; written down in another order it differs in the last bits.
 _SAME = 1e-9
+_WRAPPERS = ("_orig_mod.", "module.")
 
 
 def module_scales(model: Any, adapter_name: str = "default") -> dict[str, tuple[DialectName, float]]:
@@ -48,6 +49,12 @@ def check_scales(model: Any, wanted: Mapping[str, float], adapter_name: str = "d
     **Raises:** `ValueError` listing every module that only one side adapts, and every other scale.
     """
     have = {name: scale for name, (_, scale) in module_scales(model, adapter_name).items()}
+    if wrapper := _wrapper(have, wanted):
+        attribute = wrapper.removesuffix(".")
+        raise ValueError(
+            f"every adapted layer of the torch model is below `{attribute}`, of the {type(model).__name__} around it: "
+            f"pass `model.{attribute}`"
+        )
     problems = [
         f"{name} is adapted in JAX, not in the torch model{nearest(name, have)}" for name in wanted if name not in have
     ]
@@ -62,6 +69,30 @@ def check_scales(model: Any, wanted: Mapping[str, float], adapter_name: str = "d
         if name in have and abs(have[name] - scale) > _SAME * abs(scale)
     ]
     raise_together("the torch model and the JAX adapter do not fit", problems)
+
+
+def _wrapper(have: Collection[str], wanted: Collection[str]) -> str:
+    """The prefix of `torch.compile`'s or DDP's module, if the names differ by it."""
+    return next((each for each in _WRAPPERS if wanted and {each + name for name in wanted} == set(have)), "")
+
+
+def check_writable(model: Any, adapter_name: str = "default") -> None:
+    """**Raises** `ValueError` listing every adapted layer whose factors cannot be replaced.
+
+    A merged layer would later take the new product off a base that holds the old one; a layer on the meta device keeps
+    nothing of what is written.
+    """
+    problems = []
+    adapted = module_scales(model, adapter_name)
+    for full_name, layer in model.named_modules():
+        name = full_name.removeprefix(PEFT_PREFIX)
+        if name not in adapted:
+            continue
+        if getattr(layer, "merged", False) is True:
+            problems.append(f"{name} has its adapter merged into the base: unmerge it first")
+        if any(parameter.is_meta for part, parameter in layer.named_parameters() if "lora_" in part):
+            problems.append(f"{name} has factors on the meta device, which keep no values: call `to_empty` first")
+    raise_together("nothing can be written to the adapter of the torch model", problems)
 
 
 def raise_together(what: str, problems: Sequence[str]) -> None:

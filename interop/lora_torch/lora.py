@@ -4,7 +4,7 @@
 
     count = apply_lora_to_linear_modules(model, PeftConfig(target_modules=["*.q_proj", "*.v_proj"], dim=16))
 
-Needs torch, and triton only where `use_triton` asks for it; never jax, unless the kernels run.
+Needs torch, and triton only where `use_triton` asks for it; never jax.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the launcher of the kernels, and with it `lora_jax`, when it is used."""
+    """Loads the launcher of the kernels when it is used."""
     if name == "LoRATritonFunction":
         from .triton_linear import LoRATritonFunction
 

@@ -58,10 +58,21 @@ def is_distributed(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`; of a DTensor that is a partial sum or norm on each device the whole one, on all of them."""
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(tensor, DTensor)
+    return tensor.redistribute(placements=[Replicate() if each.is_partial() else each for each in tensor.placements])
+
+
 def describe(weight: torch.Tensor) -> str:
     return f"{type(weight).__name__} of {weight.dtype}, shape {tuple(weight.shape)}"
 
 
+@torch.inference_mode(False)  # parameters made in it could never be trained
 @torch.no_grad()
 def new_adapter(linear: nn.Linear, config: PeftConfig) -> Adapter:
     """The parameters, beside the weight: on its device, or split over its mesh as it is. Changes nothing else."""
@@ -78,7 +89,7 @@ def new_adapter(linear: nn.Linear, config: PeftConfig) -> Adapter:
     magnitude = None
     if config.use_dora:
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
-        magnitude = nn.Parameter(norms.to(dtype))
+        magnitude = nn.Parameter(summed(norms).to(dtype))
     return Adapter(a, b, magnitude)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from .lora_autograd import apply_memory_efficient_lora, compute_dtype
 from .lora_config import PeftConfig
-from .lora_making import attach, describe, init_factors, is_dense, is_distributed, new_adapter, unfit
+from .lora_making import attach, describe, init_factors, is_dense, is_distributed, new_adapter, summed, unfit
 
 
 class LinearLoRA(nn.Linear):
@@ -104,10 +104,15 @@ class LinearLoRA(nn.Linear):
             raise RuntimeError(f"{self.where}no magnitude: the module was made with use_dora=False")
         if any(each.is_meta for each in (self.weight, self.lora_A.weight, self.lora_magnitude)):
             raise RuntimeError(f"{self.where}weights are on the meta device: load them before init_dora_magnitude()")
-        self.lora_magnitude.copy_(self._weight_norm())
+        self.lora_magnitude.copy_(summed(self._weight_norm()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out). The base runs by its own class's forward, so a quantised one does what it did."""
+        """(..., in) -> (..., out). The base runs by its own class's forward, so a quantised one does what it did.
+
+        **Raises:** `ValueError` for an `x` of another number of features, `TypeError` for one of another dtype than
+        the weight's outside of autocast; both name the layer, if it has a `layer_name`.
+        """
+        self._check_input(x)
         base = super().forward(x)
         if self.use_dora:
             return self._dora(x, base)
@@ -115,7 +120,8 @@ class LinearLoRA(nn.Linear):
             return self._low_rank(x, base)
         if self.dropout_position == "pre":
             return self._low_rank(F.dropout(x, self.dropout_p), base)
-        return base + F.dropout(self._low_rank(x), self.dropout_p).to(base.dtype)
+        # Of a row-wise split layer each device has a partial sum; the mask is one of the whole.
+        return base + F.dropout(summed(self._low_rank(x)), self.dropout_p).to(base.dtype)
 
     def materialize_effective_weight(self) -> torch.Tensor:
         """The one weight that does what base and adapter do: (out, in) of the base's dtype, rounded once.
@@ -145,6 +151,21 @@ class LinearLoRA(nn.Linear):
         """The layer's name, for the beginning of an error message."""
         return f"{self.layer_name}: " if self.layer_name else ""
 
+    def _check_input(self, x: torch.Tensor) -> None:
+        """**Raises** `ValueError` or `TypeError` for an `x` that does not fit a dense weight; others say so."""
+        weight = self._parameters.get("weight")  # not `self.weight`, which a parametrisation would compute
+        if weight is None or not self.base_is_plain:
+            return
+        if x.shape[-1:] != weight.shape[1:]:
+            raise ValueError(
+                f"{self.where}x has shape {tuple(x.shape)}, and the layer takes {weight.shape[1]} features: the last "
+                "dimension has to be that"
+            )
+        if x.dtype != weight.dtype and not _autocasts(x):
+            raise TypeError(
+                f"{self.where}x is {x.dtype} and the weight {weight.dtype}: cast one of them, or run under autocast"
+            )
+
     def _low_rank(self, x: torch.Tensor, res: torch.Tensor | None = None) -> torch.Tensor:
         """`res + scale * (x @ A.T) @ B.T`."""
         a, b = self.lora_A.weight, self.lora_B.weight
@@ -165,10 +186,10 @@ class LinearLoRA(nn.Linear):
             x = F.dropout(x, drops)
             plain = F.linear(x, self.weight)
         else:
-            plain = base if self.bias is None else base - self.bias
+            plain = base if self.bias is None else base - self.bias.to(base.dtype)
         low = self._low_rank(x)
         if drops and self.dropout_position == "post":
-            low = F.dropout(low, drops)
+            low = F.dropout(summed(low), drops)
         gain = self._gain()
         return base + (gain - 1).to(base.dtype) * plain + gain.to(base.dtype) * low.to(base.dtype)
 
@@ -188,6 +209,11 @@ class LinearLoRA(nn.Linear):
         return self.weight.to(wide) + self.scale * (self.lora_B.weight.to(wide) @ self.lora_A.weight.to(wide))
 
 
+def _autocasts(x: torch.Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class TritonLinearLoRA(LinearLoRA):
     """`LinearLoRA` on the kernels of `lora_jax/kernels/triton_*`, forward and backward, with no dropout mask stored.
 
@@ -203,6 +229,7 @@ class TritonLinearLoRA(LinearLoRA):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from .triton_linear import lora_linear, require
 
+        self._check_input(x)
         require(self.where, x, self.weight, self.lora_A.weight)
         if self.use_dora or not self.base_is_plain:
             return super().forward(x)

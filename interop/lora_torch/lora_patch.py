@@ -13,6 +13,7 @@ from .lora_config import PeftConfig, dtype_of
 from .lora_experts import expert_rank
 from .lora_making import attach, new_adapter, unfit
 from .lora_modules import LinearLoRA, TritonLinearLoRA
+from .lora_whole import check_whole
 from .matching import ModuleMatcher
 
 
@@ -79,6 +80,7 @@ def apply_lora_to_linear_modules(
         raise TypeError(f"peft_config is a {type(peft_config).__name__}: write PeftConfig(...) or PeftConfig.from_dict")
     peft_config.check()
     found = _targets(model, peft_config.matcher())
+    check_whole(model, found)
     if quantization_config is not None and peft_config.lora_dtype is None:
         compute = getattr(quantization_config, "bnb_4bit_compute_dtype", None) or "bfloat16"
         peft_config = _with(peft_config, lora_dtype=dtype_of(compute))
@@ -129,6 +131,8 @@ def _unmatched(model: nn.Module, option: str, pattern: str, linears: list[str]) 
         name, module = others[0]
         return f"{option}: {pattern!r} matches {name!r}, a {type(module).__name__}, and no nn.Linear"
     message = f"{option}: {pattern!r} matches no linear layer of {type(model).__name__}; "
+    if linears == [""]:
+        return message + "it is one itself, without a name: call patch_linear_module, or write match_all_linear=True"
     if any(name.endswith("." + pattern) for name in linears):
         return message + f"patterns match whole names: write {'*.' + pattern!r}"
     close = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.3) or linears[:3]

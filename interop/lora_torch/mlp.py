@@ -29,7 +29,7 @@ def fused_lora_swiglu_mlp(gate: LinearLoRA, up: LinearLoRA, down: LinearLoRA, x:
     """`down(silu(gate(x)) * up(x))`: (..., in) -> (..., out). Bases stay frozen, biases included.
 
     **Raises:** `ValueError` that names a projection and why it cannot take part: not adapted, DoRA, active dropout, a
-    quantised base, a DTensor, or Triton in one and not in another.
+    quantised base, hooks, a DTensor, or Triton in one and not in another.
     """
     return _fused(_swiglu, _swiglu_gradient, x, gate, up, down)
 
@@ -156,6 +156,8 @@ def _reason(projection: nn.Module) -> str | None:
         return f"dropout={projection.dropout_p} is active"
     if not projection.base_is_plain:
         return "the base has a forward of its own"
+    if projection._forward_pre_hooks or projection._forward_hooks or projection._backward_hooks:
+        return "it has hooks, which would not run"
     if is_distributed(projection.weight) or is_distributed(projection.lora_A.weight):
         return "its parameters are DTensors"
     return None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from .arrays import Kind, convert, shape_dtype
+from .arrays import Kind, convert, ops_of, shape_dtype
 from .files import FLOATS, INTEGERS, open_safetensors
 
 _DCP_MARK = ".metadata"
@@ -34,7 +34,7 @@ def write_state_dict(
         raise FileExistsError(f"{path} is there already; choose another path, or remove it")
     kind = format or ("safetensors" if path.suffix == ".safetensors" else "dcp")
     if kind == "safetensors":
-        arrays = {name: np.ascontiguousarray(_array(name, x, "numpy")) for name, x in state_dict.items()}
+        arrays = {name: ops_of("numpy").contiguous(_array(name, x, "numpy")) for name, x in state_dict.items()}
         save_file(arrays, path, {"format": "pt"})
     elif kind == "dcp":
         from torch.distributed.checkpoint.state_dict_saver import save

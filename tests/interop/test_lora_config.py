@@ -72,6 +72,7 @@ def test_unknown_fields():
         ("*_proj", "layers.0.q_proj", True),
         ("*_proj", "layers.0.q_proj.base", False),  # the whole name
         (".*fc.*", "decoder.fc1", True),
+        ("fc.*", "fc", True),  # `.*` is one already, and any text may be none
         ("fc.", "fc1", True),  # dots stay a regular expression's
         ("fc1", "decoder.fc1", False),
         ("q_proj", None, False),

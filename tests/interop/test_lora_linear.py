@@ -34,6 +34,19 @@ def test_values_and_gradients(dtype, efficient):
     assert made.weight.grad is None and not made.weight.requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"use_triton": True}, {"use_dora": True}])
+def test_inputs_that_do_not_fit(options):
+    made = layer(layer_name="layers.0.q", **options)
+    with pytest.raises(ValueError, match=r"^layers\.0\.q: x has shape \(2, 20\), and the layer takes 21 features"):
+        made(torch.ones(2, 20))
+    with pytest.raises(ValueError, match=r"^layers\.0\.q: x has shape \(\)"):
+        made(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"^layers\.0\.q: x is torch.float64 and the weight torch.float32: cast one"):
+        made(torch.ones(2, K, dtype=torch.float64))
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert made(torch.ones(2, K, dtype=torch.bfloat16)).dtype == torch.float16
+
+
 def test_any_leading_dimensions_and_strides():
     made = layer()
     for shape in [(K,), (6, K), (2, 0, K), (2, 3, 2, K)]:
@@ -107,6 +120,9 @@ def test_the_residual_is_left_as_it_was():
     assert torch.equal(res, before) and torch.equal(res.grad, dy)
     alone = apply_memory_efficient_lora(x, made.lora_A.weight, made.lora_B.weight, SCALE)
     assert torch.allclose(y - res, alone, atol=1e-5)
+    half = [each.detach().bfloat16() for each in (x, made.lora_A.weight, made.lora_B.weight)]
+    assert apply_memory_efficient_lora(*half, SCALE, res=res).dtype == torch.float32
+    assert apply_memory_efficient_lora(*half, SCALE).dtype == torch.bfloat16
 
 
 def test_gradient_of_the_gradient():
@@ -132,6 +148,54 @@ def test_dropout(position, efficient):
     check(found, made, x, dy, SCALE, *((mask, None) if position == "pre" else (None, mask)))
     with pytest.raises(AssertionError):
         check(found, made, x, dy, SCALE)
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_with_dora(position):
+    """The base sees what is dropped before A, as in the source: `x` is one tensor there."""
+    made = layer(dropout=0.4, dropout_position=position, use_dora=True)
+    x, dy = tensors(30, K, n=N)
+    torch.manual_seed(1)
+    found = run(made, x, dy)
+    torch.manual_seed(1)
+    mask = exact(nn.functional.dropout(torch.ones(30, K if position == "pre" else N), 0.4))
+    w, a, b, rows = (exact(each) for each in (made.weight, made.lora_A.weight, made.lora_B.weight, x))
+    gain = exact(made.lora_magnitude) / np.linalg.norm(w + SCALE * b @ a, axis=1)
+
+    def formula(rows, before, after):
+        low = SCALE * (rows * before) @ a.T @ b.T * after
+        return rows @ w.T + exact(made.bias) + (gain - 1) * ((rows * before) @ w.T) + gain * low
+
+    one = np.ones(())
+    want = formula(rows, *((mask, one) if position == "pre" else (one, mask)))
+    bound = 1e-5 * abs(want).max()
+    assert abs(exact(found["y"]) - want).max() < bound < abs(exact(found["y"]) - formula(rows, one, one)).max()
+    if position == "pre":
+        d_x = exact(dy) @ w + mask * ((exact(dy) * (gain - 1)) @ w + SCALE * (exact(dy) * gain) @ b @ a)
+    else:
+        d_x = (exact(dy) * gain) @ w + SCALE * (exact(dy) * gain * mask) @ b @ a
+    assert abs(exact(found["x"]) - d_x).max() < 1e-5 * abs(d_x).max()
+
+
+def test_rows_of_zeros_under_dora():
+    """Padded vocabularies have them: their norm is 0, and their outputs and gradients are no NaN."""
+    base = linear(K, N)
+    with torch.no_grad():
+        base.weight[3] = 0
+    made = patch_linear_module(base, 4, use_triton=False, use_dora=True)
+    x, dy = tensors(5, K, n=N)
+    assert torch.allclose(made(x), nn.functional.linear(x, base.weight, base.bias), atol=1e-5)
+    made(x).backward(dy)
+    assert all(p.grad.isfinite().all() for p in (x, *made.parameters()) if p.requires_grad)
+    assert made.materialize_effective_weight().isfinite().all()
+
+
+def test_adapters_made_in_inference_mode_can_be_trained():
+    base = linear(K, N)
+    with torch.inference_mode():
+        made = patch_linear_module(base, 4, use_triton=False)
+    made(torch.ones(2, K)).sum().backward()
+    assert made.lora_B.weight.grad.any()
 
 
 @pytest.mark.parametrize("efficient", [True, False])
@@ -189,6 +253,8 @@ def test_the_effective_weight(dora):
     assert torch.allclose(nn.functional.linear(x, weight, made.bias), made(x), atol=1e-5)
     weight.sum().backward()
     assert made.lora_A.weight.grad.any() and made.lora_B.weight.grad.any()
+    narrow = layer(use_dora=dora, dtype=torch.bfloat16, lora_dtype="float32")
+    assert narrow.materialize_effective_weight().dtype == torch.bfloat16
 
 
 def test_copies_and_pickles():

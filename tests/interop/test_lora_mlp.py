@@ -50,6 +50,16 @@ def adapted(mlp: nn.Module, **options) -> nn.Module:
     return randomise(mlp)
 
 
+def near_zero() -> nn.Module:
+    """So small inside that GELU and SiLU, of one slope at 0, agree to rounding."""
+    mlp = adapted(SwiGLU(F.gelu))
+    with torch.no_grad():
+        for layer in (mlp.gate_proj, mlp.up_proj):
+            layer.weight.mul_(1e-6)
+            layer.lora_A.weight.mul_(1e-6)
+    return mlp
+
+
 def gradients(call, mlp, x, dy):
     x.grad = None
     mlp.zero_grad()
@@ -132,6 +142,7 @@ def test_a_real_model():
     [
         (lambda: nn.Sequential(SwiGLU()), "Sequential has no MLP to fuse: modules with up_proj and down_proj"),
         (lambda: adapted(nn.Sequential(SwiGLU(F.gelu))), r"0: SwiGLU computes something other than down\(silu"),
+        (lambda: nn.Sequential(near_zero()), r"0: SwiGLU computes something other than down\(silu"),
         (lambda: adapted(nn.Sequential(SwiGLU()), use_dora=True), r"0\.gate_proj: the adapter is DoRA's"),
         (lambda: adapted(nn.Sequential(SwiGLU()), dropout=0.1), r"0\.gate_proj: dropout=0\.1 is active"),
         (lambda: adapted(nn.Sequential(SwiGLU())).to("meta"), "0: weights are on the meta device"),
@@ -143,6 +154,16 @@ def test_what_cannot_be_fused(mlp, message):
     with pytest.raises(ValueError, match=message):
         install_fused_lora_mlp(model)
     assert [type(module) for module in model.modules()] == before
+
+
+def test_hooks_are_not_passed_over():
+    mlp = adapted(SwiGLU())
+    install_fused_lora_mlp(mlp)
+    hook = mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(ValueError, match="up_proj: it has hooks, which would not run, so this MLP cannot run fused"):
+        mlp(torch.ones(2, K))
+    hook.remove()
+    mlp(torch.ones(2, K))
 
 
 def test_what_a_call_refuses():

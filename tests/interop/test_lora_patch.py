@@ -99,6 +99,9 @@ def test_a_second_call_adds_to_the_first():
     apply_lora_to_linear_modules(model, PeftConfig(["*.q_proj"]))
     assert apply_lora_to_linear_modules(model, PeftConfig(["*.v_proj"])) == 1
     assert model.layers[0].q_proj.lora_A.weight.requires_grad
+    # Factors are linear layers too, and never meant.
+    assert apply_lora_to_linear_modules(model, PeftConfig(exclude_modules=["*.q_proj", "*.v_proj"])) == 1
+    assert isinstance(model.head, LinearLoRA)
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj: has an adapter already"):
         apply_lora_to_linear_modules(model, PeftConfig(match_all_linear=True))
 
@@ -252,6 +255,27 @@ def test_layers_that_are_read_and_not_called():
         assert not torch.allclose(model(x), without, atol=0.01)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_adapters_of_another_kind():
+    """A second adapter on the parts of a first would train, and belong to neither."""
+    peft = pytest.importorskip("peft")
+    from lora_torch import torchtune as tt
+
+    tune = nn.Sequential(tt.LoRALinear(4, 4, 2, 2.0))
+    other = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["q_proj"]))
+    for model, name in ((tune, "0.lora_a"), (other, r"base_model.model.layers.0.q_proj.base_layer")):
+        before = picture(model)
+        with pytest.raises(ValueError, match=rf"^{name}: is a part of the adapter of a (LoRALinear|Linear) already"):
+            apply_lora_to_linear_modules(model, PeftConfig(match_all_linear=True))
+        assert picture(model) == before
+    assert apply_lora_to_linear_modules(other, PeftConfig(["*.v_proj"])) == 1  # the other layers are free
+
+
+def test_a_root_without_a_name():
+    with pytest.raises(ValueError, match=r"of Linear; it is one itself, .*: call patch_linear_module"):
+        apply_lora_to_linear_modules(nn.Linear(4, 4), PeftConfig())
+    assert apply_lora_to_linear_modules(nn.Linear(4, 4), PeftConfig(match_all_linear=True)) == 1
 
 
 def test_one_layer_in_two_places_is_one():

@@ -136,6 +136,23 @@ def test_a_quantised_base():
     assert torch.allclose(made(x), plain(x), atol=1e-5)
 
 
+class Doubled(nn.Linear):
+    """A dense weight, and a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_forward_of_its_own():
+    made, plain = (randomise(patch_linear_module(Doubled(24, 40), 4, use_triton=t)) for t in (True, False))
+    made.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 24)
+    base = 2 * F.linear(x, plain.weight, plain.bias)
+    low = plain.scale * x @ plain.lora_A.weight.T @ plain.lora_B.weight.T
+    assert torch.allclose(made(x), base + low, atol=1e-4) and torch.allclose(plain(x), base + low, atol=1e-4)
+    assert (base / 2).abs().max() > 0.1 and low.abs().max() > 0.1
+
+
 def test_double_backward_is_refused():
     made = layer()
     x, _ = tensors(3, 24, n=40)
@@ -171,7 +188,7 @@ def test_the_operations_are_registered_as_they_are():
 
 def test_what_the_kernels_refuse():
     made = layer()
-    with pytest.raises(TypeError, match="`x` is torch.float16 but|but `x` is torch.float16"):
+    with pytest.raises(TypeError, match="x is torch.float16 and the weight torch.float32: cast one"):
         made(torch.ones(2, 24, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
         layer(dtype=torch.bfloat16)(torch.ones(2, 24, dtype=torch.bfloat16))

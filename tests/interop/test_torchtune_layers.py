@@ -11,7 +11,14 @@ from lora_jax import reference
 
 torch = pytest.importorskip("torch")
 
-from lora_torch.torchtune import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params  # noqa: E402
+from lora_torch.torchtune import (  # noqa: E402
+    DoRALinear,
+    LoRALinear,
+    QATLoRALinear,
+    get_adapter_params,
+    get_merged_lora_ckpt,
+    set_trainable_params,
+)
 
 
 def randomised(module: Any, seed: int = 0) -> Any:
@@ -173,6 +180,23 @@ def test_wide_factors_over_a_narrow_base() -> None:
     assert torch.equal(y, base + (5 / 3 * (x.float() @ a.T) @ b.T).bfloat16())
 
 
+def test_a_layer_for_quantisation_aware_training_is_the_same_layer() -> None:
+    """Without configurations no torchao is needed, and nothing is quantised."""
+    lora = randomised(LoRALinear(16, 5, 2, 3.0, dropout=0.25)).eval()
+    lora.disabled = True
+    module = QATLoRALinear.from_lora_linear(lora)
+    assert all(module.get_parameter(name) is parameter for name, parameter in lora.named_parameters())
+    assert module.disabled and not module.training and module.dropout.p == 0.25
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(module(x), x @ lora.weight.T)
+    module.disabled = lora.disabled = False
+    torch.testing.assert_close(module(x), lora(x))
+    assert not torch.allclose(module(x), x @ lora.weight.T, atol=0.1)
+    wrong: Any = DoRALinear(16, 5, 2, 3.0)
+    with pytest.raises(TypeError, match="`lora_linear` must be a LoRALinear, got DoRALinear"):
+        QATLoRALinear.from_lora_linear(wrong)
+
+
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 def test_refused_arguments(kind: Any) -> None:
     with pytest.raises(ValueError, match="``quantize_base`` is False, but received the following quantization argum"):
@@ -185,3 +209,21 @@ def test_refused_arguments(kind: Any) -> None:
         kind(12, 7, 3, float("nan"))
     with pytest.raises(ValueError, match="`dropout` is a probability"):
         kind(12, 7, 3, 5.0, dropout=1.5)
+    for wrong, name in ((("5", 0.0), "alpha"), ((5.0, None), "dropout"), ((True, 0.0), "alpha")):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number"):
+            kind(12, 7, 3, *wrong)
+
+
+def test_rows_of_zeros_under_dora() -> None:
+    """Padded vocabularies have them. Merged or not they give their bias, and no NaN; other rows are what they were."""
+    module = randomised(DoRALinear(6, 5, 2, 3.0, use_bias=True))
+    with torch.no_grad():
+        module.weight[2] = module.lora_b.weight[2] = 0
+    module.initialize_dora_magnitude()
+    x = torch.randn(4, 6, requires_grad=True)
+    y = module(x)
+    y.sum().backward()
+    torch.testing.assert_close(y[:, 2], module.bias[2].expand(4))
+    assert all(p.grad.isfinite().all() for p in (x, *module.parameters()))
+    state = get_merged_lora_ckpt(module.state_dict(), 2, 3.0)
+    torch.testing.assert_close(torch.nn.functional.linear(x, state["weight"], state["bias"]), y)

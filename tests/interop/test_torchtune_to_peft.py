@@ -149,3 +149,5 @@ def test_configuration() -> None:
         tt.tune_to_peft_adapter_config({"target_modules": ["q_proj"], "lora_alpha": 5.0})
     with pytest.raises(ValueError, match="Unknown target module o_proj; there are q_proj"):
         tt.tune_to_peft_adapter_config({**config, "target_modules": ["o_proj"]})
+    with pytest.raises(ValueError, match="`target_modules` must be a list of names, got 'q_proj'"):
+        tt.tune_to_peft_adapter_config({**config, "target_modules": "q_proj"})

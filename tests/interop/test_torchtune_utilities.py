@@ -73,6 +73,15 @@ def test_module_names_leave_the_list_alone() -> None:
     assert attention == ["q_proj", "v_proj"]
 
 
+class Stubborn(tt.LoRALinear):
+    """Refuses to be switched off."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "disabled" and value is True and not self.disabled:
+            raise RuntimeError("stays on")
+        super().__setattr__(name, value)
+
+
 def test_disabled_adapters_come_back_as_they_were() -> None:
     model = tree()
     model.output.disabled = True
@@ -83,6 +92,11 @@ def test_disabled_adapters_come_back_as_they_were() -> None:
         torch.testing.assert_close(model.layers[0].mlp.w1(x), x @ model.layers[0].mlp.w1.weight.T)
         raise KeyError
     assert model.output.disabled and not model.layers[0].mlp.w1.disabled
+    model.output.disabled = False
+    model.output.__class__ = Stubborn
+    with pytest.raises(RuntimeError, match="stays on"), tt.disable_adapter(model):
+        pass
+    assert not model.layers[0].mlp.w1.disabled  # it had been switched off before the last one refused
     assert torch.equal(model.layers[0].mlp.w1(x), adapted)
     assert (adapted - x @ model.layers[0].mlp.w1.weight.T).abs().max() > 0.1
 
@@ -152,6 +166,25 @@ def test_what_cannot_be_merged_is_left_as_it_was() -> None:
         tt.get_merged_lora_ckpt(tree().state_dict(), 4, 3.0)
     with pytest.raises(ValueError, match="needs a process group"):
         tt.get_merged_lora_ckpt(tree().state_dict(), 2, 3.0, use_distributed_barriers=True)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda w: w.to(torch.int8), "weight is torch.int8, which would cut off the update: dequantise it first"),
+        (lambda w: w.to("meta"), "weight and its factors: some are on the meta device"),
+    ],
+)
+def test_bases_that_cannot_take_the_update(change: Any, message: str) -> None:
+    state = {**tree().state_dict()}
+    name = "layers.0.mlp.w1.weight"
+    state[name] = change(state[name])
+    before = dict(state)
+    with pytest.raises(ValueError, match=message):
+        tt.get_merged_lora_ckpt(state, 2, 3.0)
+    assert state.keys() == before.keys() and all(state[each] is before[each] for each in state)
+    with pytest.raises(ValueError, match="`alpha` must be finite, got inf"):
+        tt.get_merged_lora_ckpt(tree().state_dict(), 2, float("inf"))
 
 
 def test_what_two_loads_leave_open() -> None:

@@ -237,6 +237,35 @@ def test_one_base_in_memory_for_both() -> None:
     assert same(again, adapter)
 
 
+def test_later_training_changes_no_copy() -> None:
+    """Of rank 1 too, where a transposed factor could be the same memory."""
+    plan = lj.plan(fn, PARAMS, X, config=lj.LoRAConfig(rank=1, alpha=1.5, target_modules=["up", "down"]))
+    model = torch_model("torchtune", 1, 1.5)
+    adapter = adapter_from_torch(model, plan)
+    before = jax.tree.map(np.array, adapter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert same(jax.tree.map(np.array, adapter), before)
+    assert not same(jax.tree.map(np.array, adapter_from_torch(model, plan)), before)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own checkpoints
+def test_files_keep_shapes_and_dtypes(tmp_path: Path) -> None:
+    """Scalars, as BatchNorm's counts are, stay scalars; views, half precision and truth values stay what they are."""
+    state = {
+        "norm.num_batches_tracked": torch.tensor(3),
+        "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+        "turned": torch.randn(3, 4).T,
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 2, dtype=torch.float16),
+    }
+    for name in ("a.safetensors", "a"):
+        back = read_state_dict(write_state_dict(state, tmp_path / name))
+        for key, value in state.items():
+            assert back[key].shape == value.shape and back[key].dtype == value.dtype and torch.equal(back[key], value)
+
+
 def test_names_of_flax_variables() -> None:
     assert MODEL.apply({"params": PARAMS}, X).shape == (5, 3)
     assert list(adapter_to_torch(random_adapter(0), "peft-file", kind="numpy"))[:2] == [

@@ -113,6 +113,48 @@ def test_dora_on_one_side_only() -> None:
         adapter_from_torch(state, plan, "lora")
 
 
+@each_world
+def test_models_that_keep_nothing_of_what_is_written(world: Any) -> None:
+    model = torch_model(world).to("meta")
+    with pytest.raises(ValueError, match="layers.0.up has factors on the meta device, which keep no values"):
+        load_torch_adapter(model, ADAPTER)
+    with pytest.raises(TypeError, match="meta device holds no values"):
+        adapter_from_torch(model, PLAN)
+
+
+def test_merged_models_are_left_alone() -> None:
+    model = torch_model("peft")
+    load_torch_adapter(model, ADAPTER)
+    base = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="layers.1.down has its adapter merged into the base: unmerge it first"):
+        load_torch_adapter(model, random_adapter(2))
+    model.unmerge_adapter()
+    for name, value in base.items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+    load_torch_adapter(model, random_adapter(2))
+
+
+def test_wrapped_models_are_to_be_unwrapped() -> None:
+    model = torch_model("torchtune")
+    wrapped: Any = torch.nn.ModuleDict({"module": model})
+    compiled: Any = torch.compile(model, backend="eager")
+    for each, attribute in ((wrapped, "module"), (compiled, "_orig_mod")):
+        with pytest.raises(ValueError, match=f"layer of the torch model is below `{attribute}`, .*: pass `model"):
+            load_torch_adapter(each, ADAPTER)
+    load_torch_adapter(compiled._orig_mod, ADAPTER)
+
+
+def test_sources_that_are_no_models() -> None:
+    state = adapter_to_torch(ADAPTER, "lora")
+    wrong: Any = "lorra"
+    for call in (lambda: adapter_to_torch(ADAPTER, wrong), lambda: adapter_from_torch(state, PLAN, wrong)):
+        with pytest.raises(ValueError, match="`dialect='lorra'` is none of"):
+            call()
+    with pytest.raises(TypeError, match="`source` is a NoneType: pass a torch model or a state dict"):
+        adapter_from_torch(None, PLAN)
+
+
 def test_dora_of_torchtune_scales_its_bias() -> None:
     plan = lj.plan(TWIN, PARAMS, jnp.ones((2, 6)), config=CONFIG.replace(use_dora=True))
     model = TorchModel(lambda i, o, bias: tt.DoRALinear(i, o, RANK, ALPHA, use_bias=bias))
@@ -203,6 +245,7 @@ def test_a_whole_decoder_under_torchtunes_names() -> None:
         "model.norm.weight": np.ones(8),
         "lm_head.weight": np.zeros((9, 8)),
     }
+    hf["model.layers.0.self_attn.q_proj.bias"] = np.arange(8.0)
     tune = translate(hf, "lora", "torchtune", decoder=TuneDecoder(2, 1, 4))
     assert list(tune) == [
         "tok_embeddings.weight",
@@ -212,9 +255,10 @@ def test_a_whole_decoder_under_torchtunes_names() -> None:
         "layers.0.sa_norm.scale",
         "norm.scale",
         "output.weight",
+        "layers.0.attn.q_proj.bias",
     ]
     rows = [0, 2, 1, 3, 4, 6, 5, 7]  # of two heads of four: halves to pairs
-    for part in ("weight", "lora_b.weight"):
+    for part in ("weight", "lora_b.weight", "bias"):
         source = hf["model.layers.0.self_attn.q_proj." + part.replace("lora_b", "lora_B")]
         assert np.array_equal(tune[f"layers.0.attn.q_proj.{part}"], source[rows])
     back = translate(tune, "torchtune", "lora", decoder=TuneDecoder(2, 1, 4))

@@ -87,9 +87,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if is_adapter_module(module) and hasattr(module, "disabled")
     ]
-    for module, _ in before:
-        module.disabled = True  # type: ignore[attr-defined]
     try:
+        for module, _ in before:
+            module.disabled = True  # type: ignore[attr-defined]
         yield
     finally:
         for module, disabled in before:

@@ -17,6 +17,9 @@ def check_arguments(
 ) -> None:
     """**Raises** `ValueError` for a size below one, an alpha that is not finite, a dropout outside of [0, 1], or
     arguments of a quantisation that does not take place."""
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"`{name}` must be a number, got {value!r}")
     for name, value in (("in_dim", in_dim), ("out_dim", out_dim), ("rank", rank)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be a positive whole number, got {value!r}")
@@ -58,3 +61,8 @@ def reset_factors(lora_a: nn.Linear, lora_b: nn.Linear) -> None:
 def low_rank(x: torch.Tensor, lora_a: nn.Linear, lora_b: nn.Linear) -> torch.Tensor:
     """`B(A(x))` in the dtype of the factors, which may be wider than that of x."""
     return lora_b(lora_a(x.to(lora_a.weight.dtype)))
+
+
+def gain(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """`magnitude / norms`, (out,); 1 for a row of zeros, which has no direction and would be 0 / 0."""
+    return torch.where(norms == 0, 1.0, magnitude / norms.masked_fill(norms == 0, 1))

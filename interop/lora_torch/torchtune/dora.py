@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import base_parameters, check_arguments, dropout_of, factors, low_rank, reset_factors
+from .base import base_parameters, check_arguments, dropout_of, factors, gain, low_rank, reset_factors
 from .nf4 import dequantised, frozen_linear
 
 
 class DoRALinear(nn.Module):
     """`y = g * (x W^T + bias) + g * scaling * B(A(dropout(x)))` with `g = magnitude / ||W + scaling * B A||_row`.
 
-    The norm counts as a constant in the backward pass. The frozen part sees `x` without dropout, and the **bias is
-    scaled too**: PEFT and NeMo leave it out of the scaling, so a DoRA layer with a bias has no equal there.
+    The norm counts as a constant in the backward pass, and where it is 0, g is 1. The frozen part sees `x` without
+    dropout, and the **bias is scaled too**: PEFT and NeMo leave it out of the scaling, so a DoRA layer with a bias has
+    no equal there.
 
     Parameters: those of `LoRALinear` and `magnitude` (out_dim,), which starts as the row norms of the weight that is
     there. Call `initialize_dora_magnitude()` after loading another base. Attributes: `scaling`, alpha / rank.
@@ -95,7 +96,7 @@ class DoRALinear(nn.Module):
         update = self.scaling * low_rank(self.dropout(x), self.lora_a, self.lora_b)
         with torch.no_grad():
             norms = self._row_norms(x.dtype)
-        g = self.magnitude / norms
+        g = gain(self.magnitude, norms)
         return (base + (g - 1) * base + g * update).to(base.dtype)
 
     def _row_norms(self, dtype: torch.dtype) -> torch.Tensor:

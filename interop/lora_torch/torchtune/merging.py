@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from .adapters import is_adapter_key
+from .base import gain
 from .nf4 import dequantised
 
 # Of a linear layer; of experts kept as one tensor for each projection.
@@ -35,9 +37,12 @@ def get_merged_lora_ckpt(
 
     **Returns:** `state_dict` itself.
 
-    **Raises:** `ValueError` listing every adapter without a base or with a part missing, every shape that does not fit
-    and every rank that is not `rank`, and for barriers without a process group; the dict is left as it was.
+    **Raises:** `ValueError` listing every adapter without a base or with a part missing, every shape that does not fit,
+    every rank that is not `rank`, every base that holds no floats, and tensors of which only some are on the meta
+    device; for an alpha that is not finite, and for barriers without a process group. The dict is left as it was.
     """
+    if not math.isfinite(alpha):
+        raise ValueError(f"`alpha` must be finite, got {alpha!r}")
     if use_distributed_barriers and not torch.distributed.is_initialized():
         raise ValueError("`use_distributed_barriers=True` needs a process group; call it with False on one process")
     found, problems = _find(state_dict)
@@ -84,6 +89,11 @@ def _check(weight: str, parts: Mapping[str, str], state_dict: Mapping[str, Any],
         want_a, want_b = (rank, shape[1]), (shape[0], rank)
     if (a, b) != (want_a, want_b):
         return [f"{weight} {shape} takes factors {want_a} and {want_b} at `rank={rank}`, found {a} and {b}"]
+    tensors = [state_dict[key] for key in (weight, *parts.values())]
+    if not tensors[0].is_floating_point():
+        return [f"{weight} is {tensors[0].dtype}, which would cut off the update: dequantise it first"]
+    if len({tensor.is_meta for tensor in tensors}) > 1:
+        return [f"{weight} and its factors: some are on the meta device and hold no values; load them first"]
     if "magnitude" in parts and (m := tuple(state_dict[parts["magnitude"]].shape)) != shape[:1]:
         return [f"{parts['magnitude']} is {m}, but {weight} is {shape}"]
     return []
@@ -92,14 +102,14 @@ def _check(weight: str, parts: Mapping[str, str], state_dict: Mapping[str, Any],
 def _merge(weight: str, parts: Mapping[str, str], state_dict: dict[str, Any], scale: float) -> None:
     base = dequantised(state_dict[weight])
     wide = torch.promote_types(base.dtype, torch.float32)
-    if "expert_a" in parts:
-        a, b = state_dict[parts["expert_a"]].to(wide), state_dict[parts["expert_b"]].to(wide)
-        state_dict[weight] = (base.to(wide) + scale * (a @ b)).to(base.dtype)
+    # `get_adapter_state_dict` brings an adapter to the CPU, the base may be on a GPU.
+    of = {part: state_dict[key].to(base.device, wide) for part, key in parts.items()}
+    if "expert_a" in of:
+        state_dict[weight] = (base.to(wide) + scale * (of["expert_a"] @ of["expert_b"])).to(base.dtype)
         return
-    a, b = state_dict[parts["a"]].to(wide), state_dict[parts["b"]].to(wide)
-    merged = base.to(wide) + scale * (b @ a)
-    if "magnitude" in parts:
-        g = state_dict[parts["magnitude"]].to(wide) / torch.linalg.vector_norm(merged, dim=1)
+    merged = base.to(wide) + scale * (of["b"] @ of["a"])
+    if "magnitude" in of:
+        g = gain(of["magnitude"], torch.linalg.vector_norm(merged, dim=1))
         merged = g[:, None] * merged
         bias = weight.removesuffix("weight") + "bias"
         if bias in state_dict:

@@ -49,8 +49,11 @@ class QATLoRALinear(LoRALinear):
 
         Parameters on the meta device stay there.
 
-        **Raises:** `ValueError` for a layer with a bias or an NF4 base; as the constructor.
+        **Raises:** `ValueError` for a layer with a bias or an NF4 base, `TypeError` for another kind of layer; as the
+        constructor.
         """
+        if not isinstance(lora_linear, LoRALinear):
+            raise TypeError(f"`lora_linear` must be a LoRALinear, got {type(lora_linear).__name__}")
         if lora_linear.bias is not None:
             raise ValueError("Bias is not supported in QAT + LoRA yet: use a layer with `use_bias=False`")
         if lora_linear._quantize_base:

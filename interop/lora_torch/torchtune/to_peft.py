@@ -58,6 +58,8 @@ def tune_to_peft_adapter_config(
     """
     if missing := [key for key in _REQUIRED if key not in adapter_config]:
         raise ValueError(f"PEFT adapter config requires {list(_REQUIRED)}; {missing} missing in {list(adapter_config)}")
+    if isinstance(adapter_config["target_modules"], str):
+        raise ValueError(f"`target_modules` must be a list of names, got {adapter_config['target_modules']!r}")
     targets = list(adapter_config["target_modules"])
     if unknown := [name for name in targets if name not in TARGETS]:
         raise ValueError(f"Unknown target module {', '.join(unknown)}; there are {', '.join(TARGETS)}")
