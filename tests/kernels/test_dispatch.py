@@ -268,3 +268,26 @@ def test_in_a_scan_results_reach_their_readers_by_a_barrier():
     with reference_kernels.installed(platform="cuda"), reference_kernels.pretending("NVIDIA H200"):
         text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("optimization_barrier") == 1
+
+
+def test_second_derivatives_take_xla():
+    """Of a gradient by the kernels, the gradient is that of XLA's path, to the roundings of the first."""
+    x, w, a, b = operands(dtype=np.float16)
+
+    def twice(implementation):
+        def loss(x, a, b):
+            options = {"dropout_rate": RATE, "key": KEY, "implementation": implementation}
+            return jnp.sin(lora_dot(x, w, a, b, scale=0.1, **options).astype(jnp.float32)).sum()
+
+        def of_gradients(*v):
+            return sum((g.astype(jnp.float32) ** 2).sum() for g in jax.grad(loss, argnums=(0, 1, 2))(*v))
+
+        return jax.jit(jax.grad(of_gradients, argnums=(0, 1, 2)))(x, a, b)
+
+    with reference_kernels.installed() as calls:
+        got, want = twice("reference"), twice("xla")
+        assert {kind for kind, _ in calls} == {"forward", "backward"}
+    for g, v in zip(got, want, strict=True):
+        v = np.asarray(v, np.float64)
+        bound = 10 * reference.tolerance(np.float16, 100) * np.abs(v).max()
+        assert reference.excess(g, v, bound) <= 1 < reference.excess(v / 2, v, bound)
