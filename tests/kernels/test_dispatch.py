@@ -301,3 +301,16 @@ def test_compiled_for_more_devices_than_are_here(devices, split):
     mesh = jax.sharding.AbstractMesh((devices,), ("d",), abstract_device=device)
     with reference_kernels.installed(platform="cuda"), jax.sharding.use_abstract_mesh(mesh):
         assert ("custom_partitioning" in str(jax.make_jaxpr(lora_dot)(x, w, a, b))) == split
+
+
+@pytest.mark.parametrize("m, k, n, r", [(0, 70, 24, 3), (5, 0, 24, 3), (5, 70, 0, 3), (5, 70, 24, 0)])
+def test_empty_operands_stay_on_xla(m, k, n, r):
+    operands = [jnp.ones(shape, BF16) for shape in ((m, k), (k, n), (k, r), (r, n))]
+    with reference_kernels.installed() as calls:
+        y, vjp = jax.vjp(lora_dot, *operands)
+        gradients = vjp(y)
+        assert not calls and [v.shape for v in gradients] == [v.shape for v in operands]
+        assert "has length 0: nothing to compute" in explain(*operands).reasons["reference"]
+        with pytest.raises(ValueError, match="has length 0: nothing to compute"):
+            lora_dot(*operands, implementation="reference")
+    assert np.array_equal(np.asarray(y, np.float32), np.full((m, n), float(k)))
