@@ -314,3 +314,26 @@ def test_empty_operands_stay_on_xla(m, k, n, r):
         with pytest.raises(ValueError, match="has length 0: nothing to compute"):
             lora_dot(*operands, implementation="reference")
     assert np.array_equal(np.asarray(y, np.float32), np.full((m, n), float(k)))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"scale": jnp.ones(24)}, TypeError, r"`scale` is of shape \(24,\) .*; expected one number"),
+        ({"scale": None}, TypeError, "`scale` is None"),
+        ({"scale": 1j}, TypeError, "`scale` is 1j"),
+        ({"dropout_rate": jnp.float32(0.1)}, TypeError, r"`dropout_rate` is a .*; expected a plain number"),
+        ({"dropout_rate": float("nan")}, ValueError, r"`dropout_rate=nan` must be in \[0, 1\)"),
+        ({"x": np.ones((5, 70), np.complex64)}, TypeError, r"complex operands \(complex64"),
+        ({"a": np.ones((70, 3), np.complex64)}, TypeError, "complex operands"),
+        ({"kernel": np.ones((1, 70, 24), BF16)}, ValueError, r"kernel \(1, 70, 24\); expected"),
+        ({"x": np.ones((), BF16)}, ValueError, r"x \(\) and kernel"),
+    ],
+)
+def test_what_is_no_product_is_refused(change, error, message):
+    given = dict(zip(("x", "kernel", "a", "b"), operands(), strict=True)) | {"key": KEY} | change
+    with pytest.raises(error, match=message):
+        lora_dot(**given)
+    if "dropout_rate" in change:
+        with pytest.raises(TypeError, match="under `jax.jit` a static argument"):
+            jax.jit(lambda rate: lora_dot(**(given | {"dropout_rate": rate})))(0.1)
