@@ -33,6 +33,14 @@ class TuningCacheWarning(UserWarning):
 
 
 def path() -> Path:
+    """**Raises:** `OSError` where there is no home to put it into."""
+    try:
+        return _path()
+    except RuntimeError as error:  # `pathlib`'s, for a user whom the system does not know
+        raise OSError(f"{error} Set LORA_JAX_CACHE or HOME to a folder.") from error
+
+
+def _path() -> Path:
     if own := os.environ.get("LORA_JAX_CACHE"):
         return Path(own).expanduser() / "tuned.json"
     # The XDG specification says that a relative value is to be ignored.
@@ -71,8 +79,9 @@ _trials: list[Entries] = []
 @functools.cache
 def known() -> Entries:
     """What counts here, of the file as it was when first asked for."""
-    file = path()
+    file: Any = "the user's file of measurements"
     try:
+        file = path()
         return {key: entry for key, entry in _read(file).items() if entry["kernels"] == kernels()}
     except (OSError, ValueError) as error:
         warnings.warn(

@@ -193,3 +193,16 @@ def test_classes():
     assert asdict(class_of(1, 11008, 5120, 65, dropped=True)) == {
         "m": 1, "k": 8192, "n": 4096, "rank": 128, "dropped": True, "transposed": False,
     }  # fmt: skip
+
+
+def test_without_a_home_nothing_is_known(monkeypatch):
+    """As in a container whose user has no name there: products run all the same, and storing says what is missing."""
+    monkeypatch.undo()
+    for name in ("LORA_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654)
+    tuning_cache.reread()
+    with pytest.warns(tuning_cache.TuningCacheWarning, match="Set LORA_JAX_CACHE or HOME to a folder"):
+        assert tuning_cache.find(H100, "mosaic_gemm", class_of(*SHAPE)) is None
+    with pytest.raises(OSError, match="home directory"):
+        tuning_cache.store(tiles())
