@@ -30,9 +30,8 @@ def test_adapted(m, k, n, transposed, masked, biased, dtype, monkeypatch):
     drop = {"seed": jnp.asarray(seed_words()), "threshold": THRESHOLD} if masked else {}
     stored = w.T.copy() if transposed else w
     with counted(monkeypatch) as written:
-        y, h = adapted(
-            x, stored, a.T.copy(), b, transposed=transposed, bias=bias, sms=2, interpret=plgpu.InterpretGPUParams(), **drop
-        )  # fmt: skip
+        options = {"transposed": transposed, "bias": bias, "sms": 2, "interpret": plgpu.InterpretGPUParams(), **drop}
+        y, h = adapted(x, stored, a.T.copy(), b, **options)
         y, h = np.asarray(y), np.asarray(h)
     rows = -(-m // CTA_M)
     # Of each row of tiles both warpgroups of both CTAs have written their shares; and of `h`, those of one.
