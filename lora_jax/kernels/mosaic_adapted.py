@@ -15,8 +15,8 @@ products takes longer than a pass of its own.
 The clusters wait for each other: all of them must be on the GPU at once, one CTA an SM, so `sms` must not be more than
 it has. Sums are in a fixed order, so that the result is the same at each run.
 
-Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_adapted.py`, where one cluster has all tiles; on a
-GPU, where each has a few, by `test_gpu_kernels.py`.
+Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_adapted.py`, with one cluster for all tiles; on
+a GPU, where each has a few, by `test_gpu_kernels.py`.
 """
 
 from __future__ import annotations
