@@ -80,8 +80,8 @@ def explain(
     """Which implementation `lora_dot` takes for these operands here, and why none of the others: print the result.
 
     Operands are arrays or `jax.ShapeDtypeStruct`s; nothing is computed. "Here" is the mesh in scope or else JAX's
-    default device. What can't be known beforehand is left out: under `jax.vmap`, and where a program is lowered for
-    another platform after all, XLA runs.
+    default device. What can't be known beforehand is left out: under `jax.vmap`, where a gradient is differentiated
+    again, and where a program is lowered for another platform after all, XLA runs.
 
     **Raises:** as `lora_dot` does.
 

@@ -132,6 +132,7 @@ def test_other_kernels_measurements_do_not_count(file, monkeypatch):
     "spoil, told",
     [
         (lambda text: text[:-30], "it is no JSON"),
+        (lambda text: "[" * 200_000, "it is no JSON"),
         (lambda text: "[1]", "it is no file of `lora-jax tune`"),
         (
             lambda text: text.replace('"schema": 1', '"schema": 2'),
