@@ -23,9 +23,14 @@ SECONDS = 120.0  # after which a wait has failed
 
 
 @contextlib.contextmanager
-def counted(monkeypatch: Any) -> Iterator[Counter[int]]:
-    """Kernels that are traced and run inside may use one array of semaphores; yields the counts."""
+def counted(monkeypatch: Any) -> Iterator[tuple[Counter[int], Counter[tuple[int, int]]]]:
+    """Kernels that are traced and run inside may use one array of semaphores.
+
+    Yields the count of each, and how many waited for which count of which: with one cluster, a wait that is missing
+    would not show otherwise.
+    """
     counts: Counter[int] = Counter()
+    waits: Counter[tuple[int, int]] = Counter()
     changed = threading.Condition()
 
     def signal(token: Any, index: Any, by: Any) -> Any:
@@ -36,6 +41,7 @@ def counted(monkeypatch: Any) -> Iterator[Counter[int]]:
 
     def wait(token: Any, index: Any, value: Any) -> Any:
         with changed:
+            waits[int(index), int(value)] += 1
             if not changed.wait_for(lambda: counts[int(index)] >= int(value), SECONDS):
                 raise TimeoutError(f"semaphore {index} is {counts[int(index)]} and never {value}")
         return np.int32(token)
@@ -61,4 +67,4 @@ def counted(monkeypatch: Any) -> Iterator[Counter[int]]:
         patch.setattr(JaxprInterpreter, "_interpret_try_cluster_cancel_p", in_order(signal))
         patch.setattr(JaxprInterpreter, "_interpret_query_cluster_cancel_p", in_order(wait))
         patch.setattr(JaxprInterpreter, "_interpret_arithmetic_primitive", allocated)
-        yield counts
+        yield counts, waits

@@ -29,13 +29,15 @@ def test_adapted(m, k, n, transposed, masked, biased, dtype, monkeypatch):
     bias = None if biased is None else normal(n, dtype=biased, seed=4)
     drop = {"seed": jnp.asarray(seed_words()), "threshold": THRESHOLD} if masked else {}
     stored = w.T.copy() if transposed else w
-    with counted(monkeypatch) as written:
+    with counted(monkeypatch) as (written, waits):
         options = {"transposed": transposed, "bias": bias, "sms": 2, "interpret": plgpu.InterpretGPUParams(), **drop}
         y, h = adapted(x, stored, a.T.copy(), b, **options)
         y, h = np.asarray(y), np.asarray(h)
     rows = -(-m // CTA_M)
     # Of each row of tiles both warpgroups of both CTAs have written their shares; and of `h`, those of one.
-    assert dict(written) == {**dict.fromkeys(range(rows), 4), rows: 2 * rows}
+    assert written == {**dict.fromkeys(range(rows), 4), rows: 2 * rows}
+    # They wait for all shares; and for all of `h`, before they load any of it, the two CTAs that have other tiles.
+    assert waits == {**dict.fromkeys([(row, 4) for row in range(rows)], 4), (rows, 2 * rows): 2}
     assert h.shape == (RANK, rows * CTA_M) and not h[:, m:].any()
 
     x, w, a, b = (v.astype(np.float64) for v in (x, w, a, b))
