@@ -298,7 +298,8 @@ def test_compiled_for_more_devices_than_are_here(devices, split):
     """On a machine with one device, for a mesh: kernels are split over it, and not run whole on each."""
     x, w, a, b = operands()
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((devices,), ("d",), abstract_device=device)
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((devices,), ("d",), axis_types=kinds, abstract_device=device)
     with reference_kernels.installed(platform="cuda"), jax.sharding.use_abstract_mesh(mesh):
         assert ("custom_partitioning" in str(jax.make_jaxpr(lora_dot)(x, w, a, b))) == split
 

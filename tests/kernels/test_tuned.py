@@ -73,6 +73,12 @@ def test_the_nearest_measurement_decides():
     for each in tuned_rows.RACES:
         assert (slower(*each[1:6], each.device) is None) == (each.kernels < each.xla)
     assert slower(4096, 8192, 8192, 64, True) is slower(8192, 4096, 4096, device="NVIDIA H200") is None
+    with reference_kernels.pretending(H100):
+        struct = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8192, 4096), (4096, 4096), (4096, 128), (128, 4096))]
+        won = explain(*struct).reasons["xla"]  # of another rank than any that was measured
+        assert won == tuned.faster("mosaic_gpu", 8192, 4096, 4096, 128, False, H100)
+        assert "XLA took 1.40 and the kernels 1.16 times" in won and "R=16 on" in won
+        assert "was asked for" in explain(*struct, implementation="mosaic_gpu").reasons["xla"]
     told = slower(200, 4096, 4096)
     assert "XLA took 1.52 and the kernels 2.47 times" in told and f"M=256, K=4096, N=4096, R=16 on {H100}" in told
 
