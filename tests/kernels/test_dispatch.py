@@ -338,3 +338,24 @@ def test_what_is_no_product_is_refused(change, error, message):
     if "dropout_rate" in change:
         with pytest.raises(TypeError, match="under `jax.jit` a static argument"):
             jax.jit(lambda rate: lora_dot(**(given | {"dropout_rate": rate})))(0.1)
+
+
+def test_inside_a_shard_map_over_some_axes_alone_xla_runs():
+    """There the compiler splits what is left, which no kernel would notice."""
+    x, w, a, b = operands()
+    mesh = jax.make_mesh((1, 1), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec()
+
+    def mapped(implementation, **options):
+        def dot(*v):
+            return lora_dot(*v, implementation=implementation)
+
+        return jax.eval_shape(jax.shard_map(dot, mesh=mesh, in_specs=spec, out_specs=spec, **options), x, w, a, b)
+
+    with reference_kernels.installed() as calls:
+        mapped(None, axis_names={"d"})
+        assert not calls
+        with pytest.raises(ValueError, match=r"the axes of the mesh are of several kinds here \(auto, manual\)"):
+            mapped("reference", axis_names={"d"})
+        mapped(None)
+        assert calls
