@@ -140,8 +140,9 @@ def described(
 def _check_scale(scale: Any) -> None:
     dtype = getattr(scale, "dtype", np.void)
     number = isinstance(scale, Real) or any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
-    if not number or np.shape(scale) != ():
-        what = f"of shape {np.shape(scale)} and dtype {dtype}" if hasattr(scale, "dtype") else repr(scale)
+    shape = getattr(scale, "shape", ())
+    if not number or shape:
+        what = f"of shape {shape} and dtype {dtype}" if hasattr(scale, "dtype") else repr(scale)
         raise TypeError(
             f"`scale` is {what}; expected one number, or of `lora_dot_group` a list or tuple with one for each kernel."
         )
