@@ -55,12 +55,18 @@ def load_row(ref: Any) -> jax.Array:
     return plgpu.load(ref, *_WHOLE, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
-def compiler_params() -> Any:
-    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+def kernel(body: Any, *, interpret: Any = None, **options: Any) -> Any:
+    """A function of operands that runs `body` on a grid; its warpgroups are the axis "wg"."""
+    options |= {} if interpret is None else {"interpret": interpret}
+    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    launch = plgpu.kernel(body, thread_name="wg", compiler_params=parameters, **options)
 
+    def run(*operands: jax.Array) -> Any:
+        # Where a user has 64-bit types on, plain numbers would become int64 beside the int32 of places in a grid.
+        with jax.enable_x64(False):
+            return launch(*operands)
 
-def interpreted(interpret: Any) -> dict[str, Any]:
-    return {} if interpret is None else {"interpret": interpret}
+    return run
 
 
 def registers_left(memory: int, multiplying: int) -> int:

@@ -15,8 +15,8 @@ products takes longer than a pass of its own.
 The clusters wait for each other: all of them must be on the GPU at once, one CTA an SM, so `sms` must not be more than
 it has. Sums are in a fixed order, so that the result is the same at each run.
 
-Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_gpu_kernels.py`, on a GPU: the interpreter has
-no semaphores.
+Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_adapted.py`, with one cluster for all tiles; on
+a GPU, where each has a few, by `test_gpu_kernels.py`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def adapted(
     seed: jax.Array | None = None,
     threshold: int = 0,
     sms: int = 132,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`x·w + (x·a_tᵀ)·b` and `h`: (M, K), (K, N) or (N, K), (16, K), (16, N) -> (M, N), (16, M rounded up to 256).
 
@@ -79,7 +80,7 @@ def adapted(
             schedule=schedule, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
-    y, h, _ = plgpu.kernel(
+    y, h, _ = mosaic.kernel(
         lora_adapted,
         out_type=[
             jax.ShapeDtypeStruct((m, n), x.dtype),
@@ -91,8 +92,7 @@ def adapted(
         cluster=(CLUSTER,),
         cluster_names=("cluster",),
         num_threads=3,
-        thread_name="wg",
-        compiler_params=mosaic.compiler_params(),
+        interpret=interpret,
     )(x, w, a_t, b, *given.values())
     return y, h
 

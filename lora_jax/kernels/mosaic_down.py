@@ -80,15 +80,13 @@ def down(
         seed_g = rest[0] if seed is not None else None
         _kernel(xs_g, counts, a_g, seed_g, rest[-1], config=c, by_rank=by_rank, threshold=threshold)
 
-    out = plgpu.kernel(
+    out = mosaic.kernel(
         lora_down,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(blocks, c.splits),
         grid_names=("rows", "split"),
         num_threads=c.workers + 1,
-        thread_name="wg",
-        compiler_params=mosaic.compiler_params(),
-        **mosaic.interpreted(interpret),
+        interpret=interpret,
     )(*operands)
     if c.splits > 1:
         out = out.sum(0).astype(factor.dtype)

@@ -76,7 +76,7 @@ def gemm(
             first_rank=first, rank=rank, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
-    return plgpu.kernel(
+    return mosaic.kernel(
         lora_gemm,
         out_type=jax.ShapeDtypeStruct((m, n), xs[0].dtype),
         grid=(sms // 2 if config.cluster else sms,),
@@ -84,9 +84,7 @@ def gemm(
         cluster=(2,) if config.cluster else (1,),
         cluster_names=("cluster",),
         num_threads=3,
-        thread_name="wg",
-        compiler_params=mosaic.compiler_params(),
-        **mosaic.interpreted(interpret),
+        interpret=interpret,
     )(*xs, *ws, *given.values())
 
 

@@ -55,6 +55,11 @@ def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_
     return tuned.slower("mosaic_gpu", m, k, n, rank, dropped, device_kind)
 
 
+def faster(m: int, k: int, n: int, rank: int, dropped: bool, device_kind: str) -> str:
+    """What says that they are the better choice, where `slower` says nothing."""
+    return tuned.faster("mosaic_gpu", m, k, n, rank, dropped, device_kind)
+
+
 def in_one_kernel(k: int, rank: int) -> bool:
     """Whether `mosaic_adapted` may compute a product over K together with its thin one, padded sizes given.
 

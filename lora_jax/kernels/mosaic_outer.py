@@ -66,15 +66,13 @@ def outer(
         each = list(zip(inputs[::2], inputs[1::2], firsts, strict=True))
         _kernel(each, seed_g, out_g, first_rank=first_rank, config=c, threshold=threshold)
 
-    out = plgpu.kernel(
+    out = mosaic.kernel(
         lora_outer,
         out_type=jax.ShapeDtypeStruct((c.splits, sum(blocks) * c.columns, rank), jnp.float32),
         grid=(sum(blocks), c.splits),
         grid_names=("columns", "split"),
         num_threads=c.workers + 1,
-        thread_name="wg",
-        compiler_params=mosaic.compiler_params(),
-        **mosaic.interpreted(interpret),
+        interpret=interpret,
     )(*operands)
     out = out.sum(0) if c.splits > 1 else out[0]
     starts = [sum(blocks[:i]) * c.columns for i in range(len(blocks))]

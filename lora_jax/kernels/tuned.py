@@ -94,19 +94,28 @@ def outer_candidates(m: int, k: int, rank: int, sms: int) -> list[OuterConfig]:
 
 
 def slower(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> str | None:
-    """Why XLA is the faster for such a shape, by the nearest one that was measured, or None.
+    """Why XLA is the faster for such a shape, by the nearest one that was measured, or None."""
+    race = _nearest(family, m, k, n, rank, dropped, device)
+    return None if race.kernels < race.xla else _told(race)
 
-    On a device that nobody measured, those of all others count, since a family is for one kind of chip.
-    """
+
+def faster(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> str:
+    """The measurement that speaks for a shape for which nothing is `slower`."""
+    return _told(_nearest(family, m, k, n, rank, dropped, device))
+
+
+def _nearest(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> Race:
+    """On a device that nobody measured, those of all others count, since a family is for one kind of chip."""
     assert family == "mosaic_gpu", family
     races = [race for race in RACES if race.device == device] or RACES
 
     def doublings(race: Race) -> tuple[bool, float]:
         return race.dropped != dropped, distance(_whole(race.m, race.k, race.n, race.r), _whole(m, k, n, rank))
 
-    race = min(races, key=doublings)
-    if race.kernels < race.xla:
-        return None
+    return min(races, key=doublings)
+
+
+def _told(race: Race) -> str:
     return (
         f"XLA took {race.xla:.2f} and the kernels {race.kernels:.2f} times the frozen linear for the nearest sizes "
         f"that were measured, M={race.m}, K={race.k}, N={race.n}, R={race.r} on {race.device}"

@@ -33,6 +33,14 @@ class TuningCacheWarning(UserWarning):
 
 
 def path() -> Path:
+    """**Raises:** `OSError` where there is no home to put it into."""
+    try:
+        return _path()
+    except RuntimeError as error:  # `pathlib`'s, for a user whom the system does not know
+        raise OSError(f"{error} Set LORA_JAX_CACHE or HOME to a folder.") from error
+
+
+def _path() -> Path:
     if own := os.environ.get("LORA_JAX_CACHE"):
         return Path(own).expanduser() / "tuned.json"
     # The XDG specification says that a relative value is to be ignored.
@@ -71,8 +79,9 @@ _trials: list[Entries] = []
 @functools.cache
 def known() -> Entries:
     """What counts here, of the file as it was when first asked for."""
-    file = path()
+    file: Any = "the user's file of measurements"
     try:
+        file = path()
         return {key: entry for key, entry in _read(file).items() if entry["kernels"] == kernels()}
     except (OSError, ValueError) as error:
         warnings.warn(
@@ -97,10 +106,7 @@ def store(entries: Entries) -> Path:
     **Raises:** `ValueError` where the file is none of these, `OSError` where it can't be written.
     """
     file = path()
-    try:
-        merged = _read(file) | entries
-    except ValueError as error:
-        raise ValueError(f"{file} would be overwritten, but {error}; delete it or set LORA_JAX_CACHE.") from error
+    merged = _kept(file) | entries
     lines = [
         {"device": device, "kernel": kernel, "shape": asdict(shape), **entry}
         for (device, kernel, shape), entry in merged.items()
@@ -117,13 +123,28 @@ def store(entries: Entries) -> Path:
     return file
 
 
+def check() -> None:
+    """**Raises:** as `store`: for those who measure for minutes before they do."""
+    file = path()
+    _kept(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=file.parent).close()
+
+
+def _kept(file: Path) -> Entries:
+    try:
+        return _read(file)
+    except ValueError as error:
+        raise ValueError(f"{file} would be overwritten, but {error}; delete it or set LORA_JAX_CACHE.") from error
+
+
 def _read(file: Path) -> Entries:
     """**Raises:** `ValueError` with what is wrong in the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("entries"), list):
         raise ValueError("it is no file of `lora-jax tune`")

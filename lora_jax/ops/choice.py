@@ -15,7 +15,7 @@ from lora_jax import _compat
 from lora_jax.kernels import tuning_cache
 from lora_jax.kernels.shape_class import class_of
 from lora_jax.ops.contraction import Contraction
-from lora_jax.ops.families import FAMILIES, Family, group_kernels
+from lora_jax.ops.families import FAMILIES, Family, group_kernels, kernels
 from lora_jax.ops.matrices import Matrices, as_matrices
 
 
@@ -168,8 +168,13 @@ def _chosen(
         mknr = matrices.mknr if isinstance(matrices, Matrices) else None
         return Choice("xla", reasons, name=name, sizes=mknr)
     assert isinstance(matrices, Matrices)
-    measured = _measured(chosen, matrices, dropped) if implementation is None else None
-    why = measured[1] if measured else f"{chosen} can run and comes first"
+    why = f"{chosen} can run and comes first"
+    if implementation is not None:
+        why = f"`implementation={implementation!r}` was asked for"
+    elif measured := _measured(chosen, matrices, dropped):
+        why = measured[1]
+    elif hasattr(module := kernels(chosen), "faster"):
+        why = module.faster(*matrices.mknr, dropped, _compat.target_device().kind)
     return Choice(chosen, {"xla": why, **reasons}, matrices, name, sizes=matrices.mknr)
 
 

@@ -4,6 +4,7 @@ A family is a module with these functions, on matrices of one dtype, with the sc
 
     unsupported(m, k, n, rank, dtype) -> why it can't compute these sizes, or None
     slower(m, k, n, rank, dtype, dropped, device_kind) -> why XLA is faster there, or None (optional)
+    faster(m, k, n, rank, dropped, device_kind) -> where it says nothing, the reason for these kernels (optional)
     h_layout(rank) -> (whether `h` is (R', M') and not (M', R'), R')
     forward(x, w, a, b, drop, transposed=, bias=) -> (y, h); bias (N,) or None, of x's dtype or float32, is added to
         the float32 sums before they are rounded

@@ -1,7 +1,8 @@
 """Products on fused kernels, of whole operands that may be split over devices.
 
-Three layers, outermost first: under `vmap`, and on any other platform that the program may be lowered for, XLA; where
-operands may be split over devices, the part of each device; on one device, the kernels (`fused_part`).
+Three layers, outermost first: under `vmap`, where it is differentiated once more, and on any other platform that the
+program may be lowered for, XLA; where operands may be split over devices, the part of each device; on one device, the
+kernels (`fused_part`).
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ def _over_devices(
 
 
 def _anywhere(fused: Fused, run: Any, by_xla: Any) -> Any:
-    """`run` on the kernels' platforms and `by_xla` on others; `by_xla` under `vmap`."""
+    """`run` on the kernels' platforms and `by_xla` on others; `by_xla` under `vmap` and where it is differentiated.
+
+    The latter are second derivatives: those of the forward pass have a rule of their own (`low_rank`).
+    """
     platforms = FAMILIES[fused.family].platforms
 
     @custom_vmap
@@ -123,7 +127,15 @@ def _anywhere(fused: Fused, run: Any, by_xla: Any) -> Any:
         out = jax.vmap(by_xla, in_axes=tuple(0 if one else None for one in mapped), axis_size=size)(*operands)
         return out, jax.tree.map(lambda _: True, out)
 
-    return call
+    @jax.custom_jvp
+    def differentiable(*operands: Any) -> Any:
+        return call(*operands)
+
+    @differentiable.defjvp
+    def _(operands: Any, tangents: Any) -> Any:
+        return jax.jvp(by_xla, operands, tangents)
+
+    return differentiable
 
 
 def _grouped(operands: Some, counts: Sequence[int | None]) -> list[Any]:

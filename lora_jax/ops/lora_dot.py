@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lora_jax.ops.choice import Choice, choose
@@ -48,7 +51,7 @@ def lora_dot(
     `x @ a` and the result, bias included, are rounded once, by XLA `x @ kernel` and the branch as well.
 
     **Raises:** `ValueError` if inner dimensions disagree, or the implementation is unknown or can't run, with the
-    reason.
+    reason; `TypeError` for complex operands, and for a rate that is no plain number or a scale that is none.
 
     **Source:** Hu et al., arXiv:2106.09685, equation 3, transposed: `x` is a row here.
 
@@ -57,7 +60,7 @@ def lora_dot(
     (2, 3)
     """
     spec = described(
-        x, kernel, a, b, bias,
+        x, kernel, a, b, bias, scale,
         dropout_rate=dropout_rate, precision=precision, preferred_element_type=preferred_element_type,
     )  # fmt: skip
     return low_rank_contract(spec, x, kernel, a, b, scale, key, implementation, bias=bias)
@@ -77,8 +80,8 @@ def explain(
     """Which implementation `lora_dot` takes for these operands here, and why none of the others: print the result.
 
     Operands are arrays or `jax.ShapeDtypeStruct`s; nothing is computed. "Here" is the mesh in scope or else JAX's
-    default device. What can't be known beforehand is left out: under `jax.vmap`, and where a program is lowered for
-    another platform after all, XLA runs.
+    default device. What can't be known beforehand is left out: under `jax.vmap`, where a gradient is differentiated
+    again, and where a program is lowered for another platform after all, XLA runs.
 
     **Raises:** as `lora_dot` does.
 
@@ -97,10 +100,12 @@ def explain(
 
 
 def described(
-    x: Any, kernel: Any, a: Any, b: Any, bias: Any = None, *,
+    x: Any, kernel: Any, a: Any, b: Any, bias: Any = None, scale: Any = 1.0, *,
     dropout_rate: float, precision: Any, preferred_element_type: Any,
 ) -> Contraction:  # fmt: skip
     """The product by the names of its axes, where the operands go together. **Raises:** as `lora_dot`."""
+    if kernel.ndim != 2 or x.ndim == 0:
+        raise ValueError(f"x {x.shape} and kernel {kernel.shape}; expected x (..., d_in) and a kernel (d_in, d_out).")
     k, n = kernel.shape
     if x.shape[-1] != k or a.shape[0] != k or b.shape != (a.shape[1], n):
         raise ValueError(
@@ -109,6 +114,18 @@ def described(
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"`bias` has shape {bias.shape}; expected ({n},), of kernel {kernel.shape}.")
+    types = [v.dtype for v in (x, kernel, a, b, bias) if v is not None]
+    if any(jnp.issubdtype(each, jnp.complexfloating) for each in types):
+        raise TypeError(
+            f"complex operands ({', '.join(map(str, types))}): the low-rank branch is computed in real numbers. Apply "
+            "the product to the real and the imaginary parts, or use the merged kernel."
+        )
+    _check_scale(scale)
+    if not isinstance(dropout_rate, Real):
+        raise TypeError(
+            f"`dropout_rate` is a {type(dropout_rate).__name__}; expected a plain number, since it is part of the "
+            "compiled program: `float(rate)`, and under `jax.jit` a static argument."
+        )
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"`dropout_rate={dropout_rate}` must be in [0, 1).")
     if dropout_rate:
@@ -118,3 +135,14 @@ def described(
         x=(*rows, "k"), w=("k", "n"), first=("k", "r"), second=("r", "n"), y=(*rows, "n"), bias=("n",),
         precision=precision, preferred_element_type=preferred_element_type, dropout_rate=dropout_rate,
     )  # fmt: skip
+
+
+def _check_scale(scale: Any) -> None:
+    dtype = getattr(scale, "dtype", np.void)
+    number = isinstance(scale, Real) or any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+    shape = getattr(scale, "shape", ())
+    if not number or shape:
+        what = f"of shape {shape} and dtype {dtype}" if hasattr(scale, "dtype") else repr(scale)
+        raise TypeError(
+            f"`scale` is {what}; expected one number, or of `lora_dot_group` a list or tuple with one for each kernel."
+        )

@@ -45,7 +45,7 @@ def lora_dot_group(
 
     **Returns:** one array for each kernel, as `lora_dot` does.
 
-    **Raises:** `ValueError` as `lora_dot` does, and where the lists differ in length.
+    **Raises:** as `lora_dot` does, and `ValueError` where the lists differ in length.
 
     >>> import jax.numpy as jnp
     >>> a, b = jnp.zeros((3, 1)), jnp.zeros((1, 3))
@@ -64,7 +64,8 @@ def lora_dot_group(
         each = zip(kernels, a, b, biases, scales, key, strict=True)
         return tuple(lora_dot(x, w, a, b, bias=bias, scale=s, key=key, **settings) for w, a, b, bias, s, key in each)
     specs = [
-        described(x, *each, dropout_rate=dropout_rate, **settings) for each in zip(kernels, a, b, biases, strict=True)
+        described(x, *each, dropout_rate=dropout_rate, **settings)
+        for each in zip(kernels, a, b, biases, scales, strict=True)
     ]
     return tuple(low_rank_group(specs[0], x, kernels, a, b, scales, biases, key, implementation))
 

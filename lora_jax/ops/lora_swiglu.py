@@ -54,7 +54,7 @@ def lora_swiglu(
     **Returns:** an array of `x.dtype`. The activation and its product with `up(x)` are computed in float32 and rounded
     once.
 
-    **Raises:** `ValueError` as `lora_dot` does.
+    **Raises:** as `lora_dot` does.
 
     **Source:** Shazeer, arXiv:2002.05202, section 2.
 

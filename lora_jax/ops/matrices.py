@@ -49,6 +49,8 @@ class Matrices:
 
 def as_matrices(spec: Contraction, sizes: Mapping[Hashable, int]) -> Matrices | str:
     """The view, or the reason why there is none. `sizes`: of every axis."""
+    if empty := [name for name in dict.fromkeys((*spec.x, *spec.w, *spec.first)) if sizes[name] == 0]:
+        return f"axis {empty[0]} has length 0: nothing to compute"
     shared = set(spec.x) & set(spec.w)
     if any(name in spec.y and sizes[name] > 1 for name in shared):
         return "the data and the weight share a batch axis (experts, stacked layers): many products and not one"

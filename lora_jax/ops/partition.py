@@ -52,7 +52,8 @@ def split_over_devices(
         kinds = set(_compat.mesh_axis_kinds(operands[0]))
         if kinds == {"explicit"}:
             return _explicit(operands)
-        if kinds == {"manual"} or jax.device_count() == 1:
+        # A program may be compiled for more devices than there are here: those of the mesh in scope.
+        if kinds == {"manual"} or max(jax.device_count(), jax.sharding.get_abstract_mesh().size) == 1:
             return both(NOT_SPLIT, *operands)
         return anywhere(_automatic, functools.partial(by_xla, NOT_SPLIT))(*operands)
 

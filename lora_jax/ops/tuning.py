@@ -59,7 +59,8 @@ def tune(
     `lora_jax.kernels.tuning_cache.reread()`, and what it has compiled by then stays as it is. JAX's caches are cleared.
 
     **Raises:** `ValueError` where no family of kernels can run, with the reasons; `RuntimeError` where kernels give a
-    wrong result with the tiles that ship.
+    wrong result with the tiles that ship. Before anything is measured, `ValueError` for a damaged file of measurements
+    and `OSError` for one that can't be written.
     """
     families, reasons = [], []
     for name, family in FAMILIES.items():
@@ -69,6 +70,7 @@ def tune(
     if not families:
         raise ValueError("nothing can be tuned here, for want of a supported GPU. " + "; ".join(reasons))
     below = threshold(dropout_rate) if dropout_rate else 0
+    tuning_cache.check()
     tuning_cache.known()
     stored: Entries = {}
     for sizes in dict.fromkeys(shapes):

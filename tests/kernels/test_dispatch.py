@@ -268,3 +268,94 @@ def test_in_a_scan_results_reach_their_readers_by_a_barrier():
     with reference_kernels.installed(platform="cuda"), reference_kernels.pretending("NVIDIA H200"):
         text = jax.jit(fn).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("optimization_barrier") == 1
+
+
+def test_second_derivatives_take_xla():
+    """Of a gradient by the kernels, the gradient is that of XLA's path, to the roundings of the first."""
+    x, w, a, b = operands(dtype=np.float16)
+
+    def twice(implementation):
+        def loss(x, a, b):
+            options = {"dropout_rate": RATE, "key": KEY, "implementation": implementation}
+            return jnp.sin(lora_dot(x, w, a, b, scale=0.1, **options).astype(jnp.float32)).sum()
+
+        def of_gradients(*v):
+            return sum((g.astype(jnp.float32) ** 2).sum() for g in jax.grad(loss, argnums=(0, 1, 2))(*v))
+
+        return jax.jit(jax.grad(of_gradients, argnums=(0, 1, 2)))(x, a, b)
+
+    with reference_kernels.installed() as calls:
+        got, want = twice("reference"), twice("xla")
+        assert {kind for kind, _ in calls} == {"forward", "backward"}
+    for g, v in zip(got, want, strict=True):
+        v = np.asarray(v, np.float64)
+        bound = 10 * reference.tolerance(np.float16, 100) * np.abs(v).max()
+        assert reference.excess(g, v, bound) <= 1 < reference.excess(v / 2, v, bound)
+
+
+@pytest.mark.parametrize("devices, split", [(1, False), (4, True)])
+def test_compiled_for_more_devices_than_are_here(devices, split):
+    """On a machine with one device, for a mesh: kernels are split over it, and not run whole on each."""
+    x, w, a, b = operands()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((devices,), ("d",), axis_types=kinds, abstract_device=device)
+    with reference_kernels.installed(platform="cuda"), jax.sharding.use_abstract_mesh(mesh):
+        assert ("custom_partitioning" in str(jax.make_jaxpr(lora_dot)(x, w, a, b))) == split
+
+
+@pytest.mark.parametrize("m, k, n, r", [(0, 70, 24, 3), (5, 0, 24, 3), (5, 70, 0, 3), (5, 70, 24, 0)])
+def test_empty_operands_stay_on_xla(m, k, n, r):
+    operands = [jnp.ones(shape, BF16) for shape in ((m, k), (k, n), (k, r), (r, n))]
+    with reference_kernels.installed() as calls:
+        y, vjp = jax.vjp(lora_dot, *operands)
+        gradients = vjp(y)
+        assert not calls and [v.shape for v in gradients] == [v.shape for v in operands]
+        assert "has length 0: nothing to compute" in explain(*operands).reasons["reference"]
+        with pytest.raises(ValueError, match="has length 0: nothing to compute"):
+            lora_dot(*operands, implementation="reference")
+    assert np.array_equal(np.asarray(y, np.float32), np.full((m, n), float(k)))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"scale": jnp.ones(24)}, TypeError, r"`scale` is of shape \(24,\) .*; expected one number"),
+        ({"scale": None}, TypeError, "`scale` is None"),
+        ({"scale": 1j}, TypeError, "`scale` is 1j"),
+        ({"dropout_rate": jnp.float32(0.1)}, TypeError, r"`dropout_rate` is a .*; expected a plain number"),
+        ({"dropout_rate": float("nan")}, ValueError, r"`dropout_rate=nan` must be in \[0, 1\)"),
+        ({"x": np.ones((5, 70), np.complex64)}, TypeError, r"complex operands \(complex64"),
+        ({"a": np.ones((70, 3), np.complex64)}, TypeError, "complex operands"),
+        ({"kernel": np.ones((1, 70, 24), BF16)}, ValueError, r"kernel \(1, 70, 24\); expected"),
+        ({"x": np.ones((), BF16)}, ValueError, r"x \(\) and kernel"),
+    ],
+)
+def test_what_is_no_product_is_refused(change, error, message):
+    given = dict(zip(("x", "kernel", "a", "b"), operands(), strict=True)) | {"key": KEY} | change
+    with pytest.raises(error, match=message):
+        lora_dot(**given)
+    if "dropout_rate" in change:
+        with pytest.raises(TypeError, match="under `jax.jit` a static argument"):
+            jax.jit(lambda rate: lora_dot(**(given | {"dropout_rate": rate})))(0.1)
+
+
+def test_inside_a_shard_map_over_some_axes_alone_xla_runs():
+    """There the compiler splits what is left, which no kernel would notice."""
+    x, w, a, b = operands()
+    mesh = jax.make_mesh((1, 1), ("d", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec()
+
+    def mapped(implementation, **options):
+        def dot(*v):
+            return lora_dot(*v, implementation=implementation)
+
+        return jax.eval_shape(jax.shard_map(dot, mesh=mesh, in_specs=spec, out_specs=spec, **options), x, w, a, b)
+
+    with reference_kernels.installed() as calls:
+        mapped(None, axis_names={"d"})
+        assert not calls
+        with pytest.raises(ValueError, match=r"the axes of the mesh are of several kinds here \(auto, manual\)"):
+            mapped("reference", axis_names={"d"})
+        mapped(None)
+        assert calls

@@ -107,3 +107,14 @@ def test_a_group_is_four_kernels_forward_and_six_backward():
         assert h.shape[0] == 48 and h.shape[1] >= m
     text = lowered(backward, dys, x, ws, a_s, b_s, jax.ShapeDtypeStruct((48, 1024), bf16), seed)
     assert text.count(CALL) == 6 and "stablehlo.dot_general" not in text
+
+
+def test_kernels_lower_where_64_bit_types_are_on():
+    found = {kernel.name.split()[0]: kernel for kernel in shipped.kernels(16)}
+    assert len(found) == 3 + ONE_KERNEL
+    jax.clear_caches()  # what is traced already would not be traced again
+    with jax.enable_x64(True):
+        for kernel in found.values():
+            text = lowered(kernel.run, *shipped.abstract(kernel))
+            assert text.count(CALL) == 1 and "xf64" not in text, kernel.name
+    jax.clear_caches()

@@ -130,6 +130,17 @@ def test_a_wrong_result_is_told_from_a_right_one_at_large_sizes():
         assert stage.excess(mistake, value, bound) > 2, each.kernel
 
 
+def test_a_file_that_can_not_be_written_stops_it_before_it_measures(family):
+    path = family(Tiles(1))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="would be overwritten, but it is no file of `lora-jax tune`"):
+        tune([SIZES], timer=clock(), calls=1, report=lambda _: None)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        tune([SIZES], timer=clock(), calls=1, report=lambda _: None)
+
+
 def test_of_a_model(family):
     def model(p, x):
         return jnp.tanh(x @ p["v"]) @ p["w"] + x @ p["v"]

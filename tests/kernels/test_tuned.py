@@ -73,6 +73,12 @@ def test_the_nearest_measurement_decides():
     for each in tuned_rows.RACES:
         assert (slower(*each[1:6], each.device) is None) == (each.kernels < each.xla)
     assert slower(4096, 8192, 8192, 64, True) is slower(8192, 4096, 4096, device="NVIDIA H200") is None
+    with reference_kernels.pretending(H100):
+        struct = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8192, 4096), (4096, 4096), (4096, 128), (128, 4096))]
+        won = explain(*struct).reasons["xla"]  # of another rank than any that was measured
+        assert won == tuned.faster("mosaic_gpu", 8192, 4096, 4096, 128, False, H100)
+        assert "XLA took 1.40 and the kernels 1.16 times" in won and "R=16 on" in won
+        assert "was asked for" in explain(*struct, implementation="mosaic_gpu").reasons["xla"]
     told = slower(200, 4096, 4096)
     assert "XLA took 1.52 and the kernels 2.47 times" in told and f"M=256, K=4096, N=4096, R=16 on {H100}" in told
 
@@ -132,6 +138,7 @@ def test_other_kernels_measurements_do_not_count(file, monkeypatch):
     "spoil, told",
     [
         (lambda text: text[:-30], "it is no JSON"),
+        (lambda text: "[" * 200_000, "it is no JSON"),
         (lambda text: "[1]", "it is no file of `lora-jax tune`"),
         (
             lambda text: text.replace('"schema": 1', '"schema": 2'),
@@ -193,3 +200,16 @@ def test_classes():
     assert asdict(class_of(1, 11008, 5120, 65, dropped=True)) == {
         "m": 1, "k": 8192, "n": 4096, "rank": 128, "dropped": True, "transposed": False,
     }  # fmt: skip
+
+
+def test_without_a_home_nothing_is_known(monkeypatch):
+    """As in a container whose user has no name there: products run all the same, and storing says what is missing."""
+    monkeypatch.undo()
+    for name in ("LORA_JAX_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987654)
+    tuning_cache.reread()
+    with pytest.warns(tuning_cache.TuningCacheWarning, match="Set LORA_JAX_CACHE or HOME to a folder"):
+        assert tuning_cache.find(H100, "mosaic_gemm", class_of(*SHAPE)) is None
+    with pytest.raises(OSError, match="home directory"):
+        tuning_cache.store(tiles())
