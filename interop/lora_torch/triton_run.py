@@ -101,18 +101,20 @@ def _descriptors(like: Any, block: tuple[int, int], gluon: bool) -> Callable[[An
     """Makes descriptors of tensors that lie as `like` does, without checking each anew."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    kind: Any = TensorDescriptor
     arguments = [like, list(like.shape), list(like.stride()), list(block)]
     if gluon:
         import triton.language as tl
         from triton.experimental.gluon.language import NVMMASharedLayout
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+        from triton.experimental.gluon.nvidia import hopper
 
+        kind = hopper.TensorDescriptor
         arguments.append(NVMMASharedLayout.get_default_for(list(block), tl.float16))  # any of 16 bits
-    template = vars(TensorDescriptor(*arguments))
+    template = vars(kind(*arguments))
     rest = {name: value for name, value in template.items() if name != "base"}
 
     def describe(tensor: Any) -> Any:
-        made = TensorDescriptor.__new__(TensorDescriptor)
+        made = kind.__new__(kind)
         made.__dict__.update(rest, base=tensor)
         return made
 

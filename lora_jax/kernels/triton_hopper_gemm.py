@@ -20,6 +20,9 @@ Needs Triton 3.6 or later. Oracle: `lora_jax/reference.py`. Checked by: `tests/i
 by `tests/kernels/test_triton_compiled.py`; Gluon has no interpreter.
 """
 
+# Gluon's builtins say what they are to its compiler alone: the types that Python sees in them are not those.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
