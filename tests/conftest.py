@@ -58,12 +58,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-# Of these folders, where programs are small and most run once: making them fast took a third of the time. Not of the
-# command line, which in a process of its own has to give the same bits.
-SMALL = ("core", "front_ends", "kernels")
+# Of these folders, where programs are small and most run once: making them fast took a third of the time and more.
+SMALL = ("cli", "core", "front_ends", "kernels")
 
 
-@pytest.fixture(autouse=True)
+# Of a module, so that it holds while fixtures of modules are made.
+@pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in SMALL or request.config.option.markexpr == "gpu":
         yield

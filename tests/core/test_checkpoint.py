@@ -12,6 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import checkpoint
+from tests.core.harness import normal
 
 
 def forward(params, tokens):
@@ -31,16 +32,17 @@ TOKENS = jnp.arange(6).reshape(2, 3)
 
 @pytest.fixture(scope="module")
 def trained():
-    """(params, plan, adapter): an embedding, split heads, a stack, a saved head; B is random."""
-    keys = iter(jax.random.split(jax.random.key(0), 5))
+    """(params, plan, adapter): an embedding, split heads, a stack, a saved head; every leaf is random."""
     params = {
-        "embed": {"embedding": jax.random.normal(next(keys), (11, 6))},
-        "split": {"kernel": jax.random.normal(next(keys), (6, 2, 4))},
-        "stack": {"kernel": jax.random.normal(next(keys), (2, 8, 8), jnp.float32)},
-        "head": {"kernel": jax.random.normal(next(keys), (8, 3)), "bias": jnp.zeros(3)},
+        "embed": {"embedding": normal(11, 6)},
+        "split": {"kernel": normal(6, 2, 4)},
+        "stack": {"kernel": normal(2, 8, 8)},
+        "head": {"kernel": normal(8, 3), "bias": normal(3)},
     }
+    params = jax.tree.map(jnp.asarray, params)
     plan = lj.plan(forward, params, TOKENS, config=CONFIG)
-    return params, plan, plan.init(next(keys), params)
+    abstract = jax.eval_shape(plan.init, jax.random.key(0), params)
+    return params, plan, jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape, seed=1)), abstract)
 
 
 def assert_same(found, wanted):
@@ -59,10 +61,10 @@ def test_restores_without_the_plan(trained, tmp_path):
     assert checkpoint.read_sites(tmp_path / "a") == plan.sites
 
     # Nothing but the base and the file: the merged model is the adapted one, and not the base.
-    want = lj.apply(forward, plan)(params, adapter, TOKENS)
-    got = forward(lj.merge(params, found), TOKENS)
-    np.testing.assert_allclose(got, want, atol=2e-5)
-    assert np.abs(want - forward(params, TOKENS)).max() > 0.1
+    want = jax.jit(lj.apply(forward, plan))(params, adapter, TOKENS)
+    run = jax.jit(forward)
+    np.testing.assert_allclose(run(lj.merge(params, found), TOKENS), want, atol=2e-5)
+    assert np.abs(want - run(params, TOKENS)).max() > 0.1
 
 
 def test_keeps_each_leaf_s_dtype(trained, tmp_path):
@@ -78,13 +80,18 @@ def test_beside_an_optimizer_in_a_manager(trained, tmp_path):
     params, plan, adapter = trained
     tx = optax.adamw(1e-2)
     state = tx.init(adapter)
-    gradient = jax.grad(lambda a: lj.apply(forward, plan)(params, a, TOKENS).sum())(adapter)
-    updates, state = tx.update(gradient, state, adapter)
-    moved = optax.apply_updates(adapter, updates)
+
+    @jax.jit
+    def step(adapter, state):
+        gradient = jax.grad(lambda a: lj.apply(forward, plan)(params, a, TOKENS).sum())(adapter)
+        updates, state = tx.update(gradient, state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    moved, state = step(adapter, state)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
-        for step, each in ((1, adapter), (2, moved)):
+        for number, each in ((1, adapter), (2, moved)):
             items = checkpoint.save_items(each, CONFIG)
-            manager.save(step, args=ocp.args.Composite(**items, optimizer=ocp.args.StandardSave(state)))
+            manager.save(number, args=ocp.args.Composite(**items, optimizer=ocp.args.StandardSave(state)))
         manager.wait_until_finished()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         again = manager.restore(2, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore(abstract)))
@@ -98,8 +105,8 @@ def test_plain_orbax_restores_into_a_fresh_adapter(trained, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "a", adapter)
         checkpointer.wait_until_finished()
-        fresh = plan.init(jax.random.key(9), params)
-        found = checkpointer.restore(tmp_path / "a", jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh))
+        fresh = jax.eval_shape(plan.init, jax.random.key(9), params)
+        found = checkpointer.restore(tmp_path / "a", fresh)
     assert_same(found, adapter)
 
 

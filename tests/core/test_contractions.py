@@ -39,6 +39,8 @@ MATRIX = [
 ]
 
 
+# The primitive itself, with its axes in numbers: what a version of jax makes of einsum and of `@` is below.
+@pytest.mark.pinned
 @pytest.mark.parametrize("w_shape, x_shape, side, numbers, roles", MATRIX)
 def test_dot_general(w_shape, x_shape, side, numbers, roles):
     def fn(params, x):

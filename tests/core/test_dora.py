@@ -92,8 +92,8 @@ def test_a_new_adapter_has_the_norms_of_its_sum(name, init):
     a, b = adapter.factors(site)
     want = reference.column_norms(site, w, a, b)
     assert reference.excess(adapter.vectors(site)[MAGNITUDE], want, reference.tolerance("float32", w.size) * want) <= 1
-    plain = fn({"w": jnp.asarray(reference.merged(site, w, a, b), jnp.float32)}, x)
-    got = lj.apply(fn, plan)(params, adapter, x)
+    plain = jax.jit(fn)({"w": reference.merged(site, w, a, b).astype(np.float32)}, x)
+    got = jax.jit(lj.apply(fn, plan))(params, adapter, x)
     bound = reference.tolerance("float32", w.size) * float(jnp.abs(plain).max())
     assert reference.excess(got, np.asarray(plain, np.float64), bound) <= 1
     with pytest.raises(ValueError, match="`use_dora` starts at the norms of w: pass the base"):
@@ -141,22 +141,25 @@ def test_dropout_is_pefts(name):
         site = plan.sites[0]
         key = jax.random.key(4)
         own = jax.random.fold_in(jax.random.fold_in(key, site.seed), 0)
-        dropped = dropout(x, own, RATE, columns)
+        dropped = jax.jit(lambda x, key: dropout(x, key, RATE, columns))(x, own)
         a, b = adapter.factors(site)
         c = reference.dora_scale(site, w, a, b, adapter.vectors(site)[MAGNITUDE])
         change = reference.delta(site, a, b)
 
+        compiled = jax.jit(fn)
+
         def at(weight, x=x):
-            return np.asarray(fn({"w": jnp.asarray(weight, np.float64)}, x))
+            return np.asarray(compiled({"w": np.asarray(weight, np.float64)}, x))
 
         want = at(w) + at((c - 1) * w, dropped) + at(c * change, dropped)
         bound = reference.tolerance(np.float64, 512) * np.abs(want).max()
-        got = lj.apply(fn, plan)(params, adapter, x, key=key)
+        adapted = jax.jit(lj.apply(fn, plan))
+        got = adapted(params, adapter, x, key=key)
         assert reference.excess(got, want, bound) <= 1
         assert reference.excess(at(c * (w + change)), want, bound) > 1e3  # no dropout
         assert reference.excess(at(c * w) + at(c * change, dropped), want, bound) > 1e3  # the branch alone
         assert reference.excess(at(c * (w + change), dropped), want, bound) > 1e3  # everything
-        without = lj.apply(fn, plan)(params, adapter, x)
+        without = adapted(params, adapter, x)
         assert reference.excess(without, at(c * (w + change)), bound) <= 1
 
 
@@ -174,7 +177,7 @@ def test_a_bfloat16_base():
     )
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(params["w"], np.float64)) * 4
     bound = reference.tolerance("bfloat16", 128) * size
-    adapted = lj.apply(fn, plan)
+    adapted = jax.jit(lj.apply(fn, plan))
     assert reference.excess(adapted(params, adapter, x), want, bound) <= 1
     unscaled = np.asarray(x, np.float64) @ reference.merged(site, params["w"], *adapter.factors(site))
     assert reference.excess(unscaled, want, bound) > 1
@@ -190,7 +193,7 @@ def test_no_gradient_flows_through_the_norm():
 
         plan, adapter = planned(fn, params, x, dtype="float64")
         site = plan.sites[0]
-        grads = jax.grad(lambda a: (lj.apply(fn, plan)(params, a, x) ** 2).sum())(adapter)
+        grads = jax.jit(jax.grad(lambda a: (lj.apply(fn, plan)(params, a, x) ** 2).sum()))(adapter)
         # W = 0: doubling B leaves W' as it is, so with the norm's own gradient B's would be zero along B.
         along = float(jnp.vdot(grads.factors(site)[1], adapter.factors(site)[1]))
         assert abs(along) > 1
@@ -205,7 +208,7 @@ def test_columns_of_zeros():
 
     plan = lj.plan(fn, params, X, config=config(use_dora=True, init="kaiming"))
     adapter = plan.init(jax.random.key(0), params)
-    y, grads = jax.value_and_grad(lambda a: (lj.apply(fn, plan)(params, a, X) + 1).sum())(adapter)
+    y, grads = jax.jit(jax.value_and_grad(lambda a: (lj.apply(fn, plan)(params, a, X) + 1).sum()))(adapter)
     assert y == 35 and all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     assert jnp.abs(grads.factors(plan.sites[0])[1]).max() > 0
 
@@ -236,17 +239,19 @@ class Model(nn.Module):
 def test_in_linen_and_nnx():
     model = Model()
     x = jnp.asarray(X)
-    params = model.init(jax.random.key(0), x)["params"]
+    abstract = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape)), abstract)
     settings = lj.LoRAConfig(rank=2, use_dora=True, init="random")
     adapted, adapter = lj.linen.adapt(model, params, settings, x, key=jax.random.key(1))
     doubled = jax.tree.map(lambda v: 2 * v, adapter)
 
+    @jax.jit
     def call(adapter):
         return adapted.apply({"params": params, "lora": adapter}, x)
 
-    want = model.apply({"params": lj.merge(params, doubled)}, x)
-    assert jnp.allclose(call(doubled), want, rtol=1e-5, atol=1e-5)
-    assert not jnp.allclose(call(doubled), call(adapter), rtol=1e-2)
+    want = jax.jit(model.apply)({"params": lj.merge(params, doubled)}, x)
+    np.testing.assert_allclose(call(doubled), want, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(call(doubled), call(adapter), rtol=1e-2)
 
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -257,8 +262,9 @@ def test_in_linen_and_nnx():
 
     net = lj.nnx.adapt(Net(nnx.Rngs(0)), settings, x, rngs=nnx.Rngs(1))
     lj.nnx.set_adapter(net, jax.tree.map(lambda v: 2 * v, lj.nnx.adapter_of(net)))
-    assert jnp.allclose(net(x), lj.nnx.merge(net)(x), rtol=1e-5, atol=1e-5)
-    assert not jnp.allclose(net(x), net.base(x), rtol=1e-2)
+    got, merged, base = (nnx.jit(lambda model, x: model(x))(each, x) for each in (net, lj.nnx.merge(net), net.base))
+    np.testing.assert_allclose(got, merged, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(got, base, rtol=1e-2)
     plain = lj.nnx.adapt(Net(nnx.Rngs(0)), settings.replace(use_dora=False), x, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match="differ in down/lora_magnitude_vector/kernel"):
         lj.nnx.set_adapter(plain, lj.nnx.adapter_of(net))

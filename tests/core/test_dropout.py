@@ -22,10 +22,10 @@ W = {"w": normal(48, 32)}
 
 
 def adapted(fn, params, *args, **changes):
-    """(adapted function, random adapter) with dropout."""
+    """With dropout: the adapted function as one program, and what it takes."""
     params = cast(params, np.float32)
     plan = lj.plan(fn, params, *args, config=config(dropout=RATE, **changes))
-    return lj.apply(fn, plan), params, random_adapter(plan, np.float32), plan
+    return jax.jit(lj.apply(fn, plan)), params, random_adapter(plan, np.float32), plan
 
 
 def one(p, x):
@@ -56,7 +56,7 @@ def mask_of(call, params, plan, key, shape):
 
 def test_mask_is_inverted_and_of_the_right_rate():
     call, params, _, plan = adapted(one, W, X)
-    mask = mask_of(jax.jit(call), cast({"w": np.zeros((48, 32))}, np.float32), plan, KEY, X.shape)
+    mask = mask_of(call, cast({"w": np.zeros((48, 32))}, np.float32), plan, KEY, X.shape)
     kept = 1 / (1 - RATE)
     assert np.all(np.isclose(mask, 0, atol=1e-5) | np.isclose(mask, kept, rtol=1e-5))
     # 3072 draws: five standard deviations of the mean.
@@ -68,19 +68,24 @@ def test_explicit_mask_formula():
     call, params, adapter, plan = adapted(one, W, X)
     site = plan.sites[0]
     a, b = adapter.factors(site)
-    mask = mask_of(jax.jit(call), cast({"w": np.zeros((48, 32))}, np.float32), plan, KEY, X.shape)
+    mask = mask_of(call, cast({"w": np.zeros((48, 32))}, np.float32), plan, KEY, X.shape)
     mask = np.where(mask > 0.5, 1 / (1 - RATE), 0.0)
     want, magnitude = reference.lora_dot(X, params["w"], a, b, site.scale, mask)
     bound = reference.tolerance("float32", 64) * magnitude
-    y, vjp = jax.vjp(lambda p, ad, x: call(p, ad, x, key=KEY), params, adapter, jnp.asarray(X))
+    dy = normal(64, 32, seed=3)
+
+    @jax.jit
+    def run(*operands):
+        y, vjp = jax.vjp(lambda p, adapter, x: call(p, adapter, x, key=KEY), *operands)
+        return y, *vjp(dy)
+
+    y, dp, da, dx = run(params, adapter, X)
     assert reference.excess(y, want, bound) <= 1
     without, _ = reference.lora_dot(X, params["w"], a, b, site.scale)
     assert reference.excess(without, want, bound) > 1  # no dropout
     dropped_everywhere = (X * mask) @ np.asarray(params["w"]) + want - X @ np.asarray(params["w"])
     assert reference.excess(dropped_everywhere, want, bound) > 1  # dropout on the base as well
 
-    dy = normal(64, 32, seed=3)
-    dp, da, dx = vjp(jnp.asarray(dy))
     wanted = reference.lora_dot_gradients(X, params["w"], a, b, site.scale, dy, mask)
     got = {"w": dp["w"], "x": dx, **dict(zip("ab", da.factors(site), strict=True))}
     for name, value in got.items():
@@ -94,7 +99,7 @@ def test_explicit_mask_formula():
 
 def test_off_without_a_key():
     call, params, adapter, plan = adapted(one, W, X)
-    plain = lj.apply(one, lj.plan(one, params, X, config=config()))
+    plain = jax.jit(lj.apply(one, lj.plan(one, params, X, config=config())))
     np.testing.assert_array_equal(call(params, adapter, X), plain(params, adapter, X))
     assert np.any(call(params, adapter, X) != call(params, adapter, X, key=KEY))
     assert plan.config.dropout == RATE
@@ -103,7 +108,7 @@ def test_off_without_a_key():
 def test_a_key_without_dropout_changes_nothing():
     params = cast(W, np.float32)
     plan = lj.plan(one, params, X, config=config())
-    call, adapter = lj.apply(one, plan), random_adapter(plan, np.float32)
+    call, adapter = jax.jit(lj.apply(one, plan)), random_adapter(plan, np.float32)
     np.testing.assert_array_equal(call(params, adapter, X, key=KEY), call(params, adapter, X))
 
 
@@ -112,7 +117,8 @@ def test_deterministic_in_the_key():
     first, again, other = (branch(call, params, adapter, X, k) for k in (KEY, KEY, jax.random.key(12)))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
-    np.testing.assert_array_equal(jax.jit(call)(params, adapter, X, key=KEY), call(params, adapter, X, key=KEY))
+    eager = call.__wrapped__
+    np.testing.assert_array_equal(call(params, adapter, X, key=KEY), eager(params, adapter, X, key=KEY))
 
 
 def test_raw_keys_work_too():
@@ -163,7 +169,7 @@ def test_what_else_is_adapted_does_not_matter():
     part = {
         s.leaf_path(n): f for s in alone.sites for n, f in zip(("lora_A", "lora_B"), adapter.factors(s), strict=True)
     }
-    got = lj.apply(both, alone)(params, lj.Adapter.from_leaves(part, alone.sites), X, key=KEY)[1]
+    got = jax.jit(lj.apply(both, alone))(params, lj.Adapter.from_leaves(part, alone.sites), X, key=KEY)[1]
     np.testing.assert_array_equal(got, call(params, adapter, X, key=KEY)[1])
 
 
@@ -191,12 +197,12 @@ def test_independent_by_step(name):
         return LOOPS[name](lambda row: row @ p["w"], x)
 
     call, params, adapter, _ = adapted(fn, W, X)
-    y = np.asarray(jax.jit(call)(params, adapter, X, key=KEY))
+    y = np.asarray(call(params, adapter, X, key=KEY))
     base = np.asarray(fn(params, jnp.asarray(X)))
     assert base.shape == (4, 64, 32) and np.all(base == base[0])
     masks = {y[i].tobytes() for i in range(4)}
     assert len(masks) == 4
-    off = np.asarray(jax.jit(call)(params, adapter, X))
+    off = np.asarray(call(params, adapter, X))
     assert len({off[i].tobytes() for i in range(4)}) == 1
 
 
@@ -265,16 +271,13 @@ def test_finite_differences():
     with jax.enable_x64(True):
         params, x = cast({"a": normal(12, 12), "b": normal(12, 12)}, np.float64), cast(normal(5, 12), np.float64)
         plan = lj.plan(chain, params, x, config=config(dropout=RATE, dtype="float64"))
-        call, adapter = jax.jit(lj.apply(chain, plan)), random_adapter(plan, np.float64)
-
-        def loss(adapter):
-            return call(params, adapter, x, key=KEY).sum()
-
-        gradient = jax.grad(loss)(adapter)
+        call, adapter = lj.apply(chain, plan), random_adapter(plan, np.float64)
+        run = jax.jit(jax.value_and_grad(lambda adapter: call(params, adapter, x, key=KEY).sum()))
+        _, gradient = run(adapter)
         step = jax.tree.map(lambda g: np.random.default_rng(0).standard_normal(g.shape), adapter)
-        ahead, behind = (jax.tree.map(lambda a, d, h=h: a + h * d, adapter, step) for h in (1e-6, -1e-6))
-        numeric = (loss(ahead) - loss(behind)) / 2e-6
-        exact = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, step)))
+        ahead, behind = (jax.tree.map(lambda a, d, h=h: np.asarray(a) + h * d, adapter, step) for h in (1e-6, -1e-6))
+        numeric = (run(ahead)[0] - run(behind)[0]) / 2e-6
+        exact = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (np.asarray(g) * d).sum(), gradient, step)))
         assert abs(numeric - exact) < 1e-6 * abs(exact)
 
 

@@ -39,7 +39,8 @@ def kept(key, n_rows, n_columns, rate):
 
 
 def mask(x, key=KEY, rate=RATE, columns=(-1,)):
-    return np.asarray(drop(jnp.ones_like(x), key, rate, columns)) != 0
+    run = jax.jit(lambda x, key: drop(x, key, rate, columns))
+    return np.asarray(run(np.ones(x.shape, np.float32), key)) != 0
 
 
 @pytest.mark.parametrize(
@@ -97,15 +98,17 @@ def test_the_same_in_every_transformation():
     def f(x, key=KEY):
         return dropout(x, key, RATE)
 
-    np.testing.assert_array_equal(jax.jit(f)(x), want)
+    jitted = jax.jit(f)
+    np.testing.assert_array_equal(jitted(x), want)
     np.testing.assert_array_equal(jax.checkpoint(f)(x), want)
     np.testing.assert_array_equal(lax.scan(lambda c, _: (c, f(c)), x, None, length=2)[1], np.stack([want, want]))
-    np.testing.assert_array_equal(jax.vjp(f, x)[1](x)[0], want)  # linear, and its own transpose
+    transpose = jax.jit(lambda x: jax.vjp(f, x)[1](x)[0])
+    np.testing.assert_array_equal(transpose(x), want)  # linear, and its own transpose
     # Mapped over: rows count within one element of the map; a key for each gives a mask for each.
-    np.testing.assert_array_equal(jax.vmap(f)(jnp.stack([x, x])), np.stack([want, want]))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(f))(np.stack([x, x])), np.stack([want, want]))
     keys = jax.random.split(KEY, 3)
-    each = jax.vmap(f, in_axes=(None, 0))(x, keys)
-    np.testing.assert_array_equal(each, np.stack([f(x, key) for key in keys]))
+    each = jax.jit(jax.vmap(f, in_axes=(None, 0)))(x, keys)
+    np.testing.assert_array_equal(each, np.stack([jitted(x, key) for key in keys]))
     assert np.any(each[0] != each[1])
 
 
@@ -119,6 +122,8 @@ def test_a_block_of_a_larger_array():
         assert np.any(every[:2, :, :100] != every[4:6, :, 200:])
 
 
+# The bits are those of numpy on every stack (above), so one stack counts them.
+@pytest.mark.pinned
 @pytest.mark.parametrize("rate", [2**-16, 0.01, 0.1, 0.5, 0.9])
 def test_rate(rate):
     """Counts of a binomial distribution, within five standard deviations: over all, and over each row and column."""
@@ -135,6 +140,7 @@ def test_rate(rate):
         assert deviations(dropped.sum() * 1.05, n * n) > 5
 
 
+@pytest.mark.pinned
 def test_neither_rows_nor_columns_nor_keys_are_correlated():
     """Correlations of independent draws: normal, of standard deviation 1/sqrt(draws)."""
     n = 2048

@@ -84,12 +84,16 @@ def run(key: Any) -> Any:
 
 
 @functools.cache
+def kept() -> np.ndarray:
+    """The mask that `KEY` draws."""
+    seed0, seed1 = map(int, jax.random.bits(KEY, (2,), jnp.uint32))
+    return mask((T * M, K), round(RATE * 65536), (seed0, seed1)).reshape(T, M, K)
+
+
+@functools.cache
 def exact(dropped: bool, biases: int = 1) -> tuple[Any, Any]:
     """Result and gradients in float64, with magnitudes. `biases`: how often the bias is added."""
-    keep = None
-    if dropped:
-        seed0, seed1 = map(int, jax.random.bits(KEY, (2,), jnp.uint32))
-        keep = mask((T * M, K), round(RATE * 65536), (seed0, seed1)).reshape(T, M, K)
+    keep = kept() if dropped else None
     gradients = reference.lora_dot_gradients(X, W, A, B, SCALE, DY, keep)
     return reference.lora_dot(X, W, A, B, SCALE, keep, biases * BIAS), [
         gradients[name] for name in ("x", "a", "b", "bias")
