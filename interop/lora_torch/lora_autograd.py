@@ -32,8 +32,10 @@ def apply_memory_efficient_lora(
     dtype of `res`, if there is one. Gradients come back in the dtype of what they belong to. The result is a tensor
     of its own: it can be changed in place, and `res` is left as it was.
 
-    **Raises:** with `use_triton_kernel`, what `triton_launch.check` raises.
+    **Raises:** `ValueError` for shapes that do not belong together; with `use_triton_kernel`, what
+    `triton_launch.check` raises.
     """
+    check_branch(x, lora_A, lora_B, res)
     dtype = compute_dtype(x)
     out_dtype = dtype if res is None else res.dtype
     x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
@@ -50,8 +52,10 @@ def apply_memory_efficient_lora(
 class LowRankFunction(torch.autograd.Function):
     """`res + scale * (x @ a.T) @ b.T`: (..., K), (R, K), (N, R), of one dtype.
 
-    Can be differentiated twice, since its backward pass is made of torch's own operations.
+    Can be differentiated twice and mapped by `torch.func.vmap`, since it is made of torch's own operations.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, res: torch.Tensor | None):
@@ -78,6 +82,15 @@ class LowRankFunction(torch.autograd.Function):
         if wants_b:
             db = d_flat.T @ (F.linear(flat, a) * ctx.scale)
         return dx, da, db, None, dy if wants_res else None
+
+
+def check_branch(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, res: torch.Tensor | None) -> None:
+    """Raises `ValueError` unless (..., K), (R, K), (N, R) and, if given, (..., N) are the shapes."""
+    shapes = f"x {tuple(x.shape)}, lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)}"
+    if a.ndim != 2 or b.ndim != 2 or x.shape[-1:] != a.shape[1:] or b.shape[1] != a.shape[0]:
+        raise ValueError(f"{shapes}: want (..., in), (dim, in) and (out, dim)")
+    if res is not None and res.shape != (*x.shape[:-1], b.shape[0]):
+        raise ValueError(f"{shapes}, and res is {tuple(res.shape)}, not {(*x.shape[:-1], b.shape[0])}")
 
 
 def forward_rows(x, w, bias, a, b, scale: float) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from . import triton_ops as ops
-from .lora_autograd import compute_dtype, rows, unflattened
+from .lora_autograd import check_branch, compute_dtype, rows, unflattened
 from .lora_making import is_distributed
 
 
@@ -55,7 +55,7 @@ class LoRATritonFunction(torch.autograd.Function):
     `x`, `lora_A` and `lora_B`. The passes over `x` and `dy` are Triton kernels, the products that write a tensor of
     their size are the library's, which adds `res` on the way.
 
-    **Raises:** what `triton_launch.check` raises.
+    **Raises:** `ValueError` for shapes that do not belong together, and what `triton_launch.check` raises.
     """
 
     @staticmethod
@@ -67,6 +67,9 @@ class LoRATritonFunction(torch.autograd.Function):
         dtype: torch.dtype,
         res: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype={dtype!r} is no torch.dtype")
+        check_branch(x, lora_A, lora_B, res)
         b = lora_B.to(dtype)
         h = ops.down(rows(x).to(dtype), lora_A.to(dtype).T, scale)
         y = h @ b.T if res is None else torch.addmm(rows(res).to(dtype), h, b.T)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from flax import nnx
+
 from lora_jax.adapters import Adapter
 from lora_jax.peft.config import LoraConfig
 from lora_jax.planning import Plan
 from lora_jax.sites import Site
+
+
+class FrozenLoRA(nnx.Variable):
+    """A factor of an adapter that is not trained now: an optimizer with `wrt=nnx.LoRAParam` leaves it alone."""
 
 
 @dataclasses.dataclass(frozen=True)

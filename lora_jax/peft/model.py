@@ -24,13 +24,10 @@ from lora_jax.nnx import AdaptedModule, Static, variables
 from lora_jax.nnx_call import BASE_PARAMS, Call
 from lora_jax.peft.config import LoraConfig
 from lora_jax.peft.initial import initial
+from lora_jax.peft.known import FrozenLoRA as FrozenLoRA
 from lora_jax.peft.known import Known, Moved, replanned
 from lora_jax.peft.layer import LoraLayer
 from lora_jax.planning import Plan
-
-
-class FrozenLoRA(nnx.Variable):
-    """A factor of an adapter that is not trained now: an optimizer with `wrt=nnx.LoRAParam` leaves it alone."""
 
 
 class LoraModel(AdaptedModule):

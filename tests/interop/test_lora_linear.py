@@ -47,6 +47,31 @@ def test_inputs_that_do_not_fit(options):
         assert made(torch.ones(2, K, dtype=torch.bfloat16)).dtype == torch.float16
 
 
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_shapes_of_the_branch_alone(use_triton):
+    x, a, b = torch.ones(2, 3, K), torch.ones(4, K), torch.ones(N, 4)
+    with pytest.raises(ValueError, match=r"lora_B \(34, 3\): want \(\.\.\., in\), \(dim, in\) and \(out, dim\)"):
+        apply_memory_efficient_lora(x, a, b[:, :3], SCALE, use_triton)
+    with pytest.raises(ValueError, match=r"res is \(6, 34\), not \(2, 3, 34\)"):
+        apply_memory_efficient_lora(x, a, b, SCALE, use_triton, res=torch.ones(6, N))
+
+
+def test_gradients_of_each_sample():
+    made = layer(dtype=torch.float64)
+    x, _ = tensors(5, 3, K, n=N, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in made.named_parameters()}
+
+    def loss(factors, row):
+        return torch.func.functional_call(made, parameters | factors, (row,)).pow(2).sum()
+
+    factors = {name: parameters[name] for name in ("lora_A.weight", "lora_B.weight")}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(factors, x.detach())
+    for i, row in enumerate(x.detach()):
+        for name, gradient in torch.func.grad(loss)(factors, row).items():
+            torch.testing.assert_close(each[name][i], gradient)
+            assert gradient.abs().max() > 0
+
+
 def test_any_leading_dimensions_and_strides():
     made = layer()
     for shape in [(K,), (6, K), (2, 0, K), (2, 3, 2, K)]:
