@@ -1,7 +1,6 @@
 """`LoraModel`: an nnx module with any number of named adapters over one base, under PEFT's names.
 
-Everything that computes is elsewhere: `plan`, `inits`, `merge`, `combine`, `status`. This keeps track of which adapter
-is active, which is merged, and what the base was before.
+It keeps track of what is active, what is merged, and what the base was before. What computes is elsewhere.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from lora_jax.nnx import AdaptedModule, Static, variables
 from lora_jax.nnx_call import BASE_PARAMS, Call
 from lora_jax.peft.config import LoraConfig
 from lora_jax.peft.initial import initial
-from lora_jax.peft.known import FrozenLoRA as FrozenLoRA
-from lora_jax.peft.known import Known, Moved, replanned
+from lora_jax.peft.known import FrozenLoRA, Known, Moved, replanned
 from lora_jax.peft.layer import LoraLayer
 from lora_jax.planning import Plan
 
