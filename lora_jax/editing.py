@@ -135,7 +135,7 @@ def rename(adapter: Adapter, name: Callable[[tuple[str, ...]], tuple[str, ...]] 
     """The adapter for the same parameters under other paths.
 
     **Arguments:** `name`: from an old path to a new one, or `{dotted prefix: new prefix}` (`{"model.layers":
-    "layers"}`, `{"model": ""}`), where the longest that fits counts.
+    "layers"}`, `{"model": ""}`, `{"": "model"}`), where the longest that fits counts.
 
     **Raises:** `ValueError` for a prefix that begins no path, or if two parameters would have one name.
     """
@@ -147,7 +147,7 @@ def rename(adapter: Adapter, name: Callable[[tuple[str, ...]], tuple[str, ...]] 
 
 
 def _by_prefix(prefixes: Mapping[str, str], paths: Sequence[tuple[str, ...]]) -> Callable[[tuple[str, ...]], Any]:
-    parts = {tuple(old.split(".")): tuple(filter(None, new.split("."))) for old, new in prefixes.items()}
+    parts = {_path(old): _path(new) for old, new in prefixes.items()}
     if unused := [".".join(old) for old in parts if not any(p[: len(old)] == old for p in paths)]:
         first_name = ".".join(paths[0]) if paths else "nothing"
         raise ValueError(f"no adapted parameter begins with {', '.join(unused)}; the first one is {first_name}.")
@@ -158,6 +158,10 @@ def _by_prefix(prefixes: Mapping[str, str], paths: Sequence[tuple[str, ...]]) ->
         return path if old is None else (*parts[old], *path[len(old) :])
 
     return name
+
+
+def _path(dotted: str) -> tuple[str, ...]:
+    return tuple(filter(None, dotted.split(".")))
 
 
 def _with_sites(adapter: Adapter, sites: Mapping[Site, Site]) -> Adapter:

@@ -84,6 +84,7 @@ def test_names():
     adapter = adapter_of(1, names=NAMES)
     deeper = lj.rename(adapter, lambda path: ("model", "layers", *path))
     assert [s.name for s in deeper.sites] == ["model.layers.q.kernel", "model.layers.stack.kernel"]
+    assert lj.rename(adapter, {"": "model.layers"}).sites == deeper.sites
     back = lj.rename(deeper, {"model.layers": "", "model": "wrong"})
     assert back.sites == adapter.sites
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapter), strict=True):
