@@ -25,7 +25,7 @@ def test_it_learns_and_peft_reads_it(tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

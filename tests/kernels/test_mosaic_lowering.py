@@ -102,7 +102,8 @@ def test_a_group_is_four_kernels_forward_and_six_backward():
     assert custom_calls(forward, x, ws, a_s, b_s, biases, seed) == custom_calls(forward, x, ws, a_s, b_s, biases) == 4
     # No pass over `x` where each product may compute its `h`, which lies as it does otherwise.
     with reference_kernels.pretending("NVIDIA H200", multiprocessors=132):
-        assert custom_calls(forward, x, ws, a_s, b_s, biases) == (3 if ONE_KERNEL else 4)
+        # Another function, because what this one does elsewhere has been traced.
+        assert custom_calls(lambda *operands: forward(*operands), x, ws, a_s, b_s, biases) == (3 if ONE_KERNEL else 4)
         h = jax.eval_shape(forward, x, ws, a_s, b_s, biases)[1]
         assert h.shape[0] == 48 and h.shape[1] >= m
     text = lowered(backward, dys, x, ws, a_s, b_s, jax.ShapeDtypeStruct((48, 1024), bf16), seed)
