@@ -86,3 +86,13 @@ def strict_jax() -> Iterator[None]:
 
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New torch tensors start as NaN, so that an element nobody writes is seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

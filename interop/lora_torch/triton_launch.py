@@ -5,12 +5,12 @@ Letters, as in the kernel files:
 
 A LoRA linear is four calls forward and backward, with `h` kept in between (M * R elements):
 
-    h = down(x, a, scale, drop);   y = forward(x, w, h, b, bias)
-    g = down(dy, b.T, scale);      dx = input_gradient(dy, w, g, a, drop)
+    h = down(x, a, scale, drop);   y = product(x, w, h, b, bias)
+    g = down(dy, b.T, scale);      dx = product(dy, w.T, g, a.T, None, drop)
     da = outer(g, x, drop).T;      db = outer(h, dy)
 
-This drops elements of `x`. To drop elements of the low-rank result instead, give `drop` to `forward`, to `g`'s `down`
-and to `db`'s `outer`, and to no other.
+This drops elements of `x`. To drop elements of the low-rank result instead, give `drop` to `y`'s `product`, to `g`'s
+`down` and to `db`'s `outer`, and to no other. `forward` and `input_gradient` are the two products by `triton_gemm`.
 
 `w` is (K, N): pass `linear.weight.T`, a view. So are `a` (K, R), PyTorch's `lora_A.weight.T`, and `b` (R, N).
 """
@@ -129,11 +129,11 @@ def up(
     Raises: as `down`.
     """
     threshold = drop.threshold if drop else 0
-    operands = {"h": h, "b": b} | ({} if bias is None else {"bias": bias})
+    operands = _operands(h=h, b=b, bias=bias)
     t = h.new_empty(h.shape[0], b.shape[-1])
 
     def plan() -> plans.Launch:
-        check(operands, [("h", 1, "b", 0)] + ([] if bias is None else [("b", 1, "bias", 0)]))
+        check(operands, [("h", 1, "b", 0), ("b", 1, "bias", 0)])
         return plans.up(*map(seen, (h, b, t)), threshold, bias=bias is not None, config=config)
 
     launch = ready(("up", *map(lies, operands.values()), threshold, config), plan)
@@ -177,11 +177,10 @@ def product(
 
     Raises: as `down`.
     """
-    operands = {"x": x, "w": w, "h": h, "b": b} | ({} if bias is None else {"bias": bias})
+    operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
 
     def plan() -> plans.Launch | None:
-        pairs = [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)]
-        check(operands, pairs if bias is not None else pairs[:-1])
+        check(operands, [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)])
         y = Matrix.row_major(x.shape[0], w.shape[1], x.element_size(), tma=True)
         lying = [*map(seen, (x, w, h, b)), y]
         if drop or not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
@@ -241,12 +240,11 @@ def _gemm(
     config: GemmConfig | None,
 ) -> torch.Tensor:
     threshold = drop.threshold if drop else 0
-    operands = {"x": x, "w": w, "h": h, "b": b} | ({} if bias is None else {"bias": bias})
+    operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
     y = x.new_empty(x.shape[0], w.shape[-1])
 
     def plan() -> plans.Launch:
-        pairs = [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)]
-        check(operands, pairs if bias is not None else pairs[:-1])
+        check(operands, [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)])
         return plans.gemm(
             *map(seen, (x, w, h, b, y)), threshold, sms(x.device.index), bias=bias is not None, config=config
         )
@@ -262,6 +260,8 @@ def _gemm(
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:
     """Raises unless the kernels can take these tensors; `equal` lists the dimensions that must agree.
+
+    Those of a bias count if there is one.
 
     TypeError: dtypes that differ or are not float32, float16 or bfloat16. ValueError: ranks, sizes, devices.
     RuntimeError: no GPU and no interpreter, or bfloat16 under the interpreter, which multiplies it wrongly.
@@ -279,6 +279,8 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
     if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"`{first_name}` is {first.dtype}: the Triton kernels take float32, float16 and bfloat16")
     for left, i, right, j in equal:
+        if right == "bias" and right not in tensors:
+            continue
         if tensors[left].shape[i] != tensors[right].shape[j]:
             shapes = {name: tuple(tensors[name].shape) for name in (left, right)}
             raise ValueError(f"dimension {i} of `{left}` and dimension {j} of `{right}` differ: {shapes}")
@@ -290,6 +292,11 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
             f"`{first_name}` is on {first.device}, and the Triton kernels need a CUDA GPU. Move the tensors there, or "
             "set TRITON_INTERPRET=1 before the first import of triton to run them slowly on the CPU."
         )
+
+
+def _operands(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Those that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _float32() -> torch.dtype:

@@ -18,13 +18,7 @@ from tests.interop.lora_problem import SCALE, check, linear, randomise, relative
 from tests.interop.test_lora_patch import Int8Linear  # noqa: E402
 from tests.kernels.triton_problem import mask  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors start as NaN, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def layer(k=24, n=40, dtype=torch.float32, bias=True, **options):

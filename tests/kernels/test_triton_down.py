@@ -10,15 +10,9 @@ from .triton_problem import SCALE, SEED, assert_close, mask, operands
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SPLIT = PassConfig(16, 16, stages=2, warps=4, per_sm=8, tma=False)
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors start as NaN, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # Odd sizes cross every tile edge by pointers, multiples of 8 by descriptors; ranks on both sides of the padding.

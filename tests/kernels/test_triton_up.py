@@ -9,13 +9,7 @@ from .triton_problem import SEED, assert_close, mask, operands
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors start as NaN, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
