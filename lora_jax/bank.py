@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from lora_jax.adapters import Adapter, expected_leaves, leaf_at, nested
 from lora_jax.editing import check_only_factors, rescaled, ungrouped
-from lora_jax.sites import Site
+from lora_jax.sites import LORA_A, LORA_B, Site
 
 BASE = "__base__"
 NO_ADAPTER = -1
@@ -31,8 +31,9 @@ class AdapterStack:
 
     **Fields:**
 
-    - `factors`: nested as an adapter's, every leaf with an axis of slots after its stacked axes: `lora_A` (*lead,
-      slots, *in, rank), `lora_B` (*lead, slots, rank, *out), copies of `modules_to_save` (slots, *shape). What trains.
+    - `factors`: nested as an adapter's, every leaf with an axis of slots, that of low rank before the rank: `lora_A`
+      (*lead, *in, slots, rank), `lora_B` (*lead, slots, rank, *out), copies of `modules_to_save` (slots, *shape). What
+      trains.
     - `scales`: `{parameter: (slots,)}` in float32 (float64 for float64 factors); 0 where a slot does not adapt the
       parameter. Not trained.
     - `sites`: the adapted parameters, with the rank that the slots have room for.
@@ -55,7 +56,7 @@ class AdapterStack:
 
     def slot_axes(self) -> dict[str, Any]:
         """The position of the slots in each leaf of `factors`."""
-        return nested({path: _slot_axis(site) for site in self.sites for path in expected_leaves((site,))})
+        return nested({path: axis for site in self.sites for path, axis in _slot_axes(site).items()})
 
     def tree_flatten(self):
         return (self.factors, self.scales), self.sites
@@ -106,9 +107,9 @@ class AdapterBank:
         check_only_factors([site for site in sites if not site.is_full], "a bank cannot hold")
         room = tuple(replace(site, group=1, rank=site.rank if rank is None or site.is_full else rank) for site in sites)
         leaves = {
-            path: jnp.zeros((*shape[: _slot_axis(site)], slots, *shape[_slot_axis(site) :]), dtype)
+            path: jnp.zeros((*site.leaves[path][:axis], slots, *site.leaves[path][axis:]), dtype)
             for site in room
-            for path, shape in expected_leaves((site,)).items()
+            for path, axis in _slot_axes(site).items()
         }
         scales = {site.name: jnp.zeros(slots, jnp.promote_types(dtype, jnp.float32)) for site in room}
         return cls(AdapterStack(nested(leaves), scales, room), (None,) * slots, (None,) * slots)
@@ -186,9 +187,9 @@ class AdapterBank:
         slot = self.slot(name)
         leaves = {}
         for site in self.sites[slot] or ():
-            for path, shape in expected_leaves((site,)).items():
-                leaf = jnp.take(self.stack.leaf(path), slot, _slot_axis(site))
-                leaves[path] = leaf[tuple(slice(0, n) for n in shape)]
+            for path, axis in _slot_axes(site).items():
+                leaf = jnp.take(self.stack.leaf(path), slot, axis)
+                leaves[path] = leaf[tuple(slice(0, n) for n in site.leaves[path])]
         return Adapter.from_leaves(leaves, self.sites[slot] or ())
 
     def with_factors(self, factors: Mapping[str, Any]) -> AdapterBank:
@@ -210,10 +211,9 @@ class AdapterBank:
         scales = dict(self.stack.scales)
         for room in self.stack.sites:
             site = own.get(room.path)
-            at = _slot_axis(room)
             scales[room.name] = scales[room.name].at[slot].set(0.0 if site is None else site.scale)
-            for path, shape in expected_leaves((room,)).items():
-                stack = self.stack.leaf(path)
+            for path, at in _slot_axes(room).items():
+                stack, shape = self.stack.leaf(path), room.leaves[path]
                 value = np.zeros(shape, np.float32) if site is None or adapter is None else adapter.leaf(path)
                 value = jnp.pad(value, [(0, n - k) for n, k in zip(shape, value.shape, strict=True)])
                 leaves[path] = jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), slot, at)
@@ -258,6 +258,10 @@ def _refuse_not_finite(name: str, adapter: Adapter) -> None:
         )
 
 
-def _slot_axis(site: Site) -> int:
-    """After the stacked axes, so that a scan over layers finds them first."""
-    return 0 if site.is_full else len(site.atoms_of("l"))
+def _slot_axes(site: Site) -> dict[tuple[str, ...], int]:
+    """The position of the slots in each leaf: before the rank, and in any case after the stacked axes, so that a scan
+    over layers finds them first."""
+    if site.is_full:
+        return dict.fromkeys(site.leaves, 0)
+    a, b = (site.leaf_path(factor) for factor in (LORA_A, LORA_B))
+    return {a: len(site.leaves[a]) - 1, b: len(site.atoms_of("l"))}

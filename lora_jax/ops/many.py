@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from lora_jax.ops.contract import Axes, contract
+from lora_jax.ops.contract import Axes, contract, spread
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import dropout
 
@@ -34,7 +35,11 @@ BALANCE = 256
 
 
 class Many(NamedTuple):
-    """The axes of both stacks, which have `SLOT` among them; how many slots; and the way, or None to choose one."""
+    """The axes of both stacks, which have `SLOT` among them; how many slots; and the way, or None to choose one.
+
+    Where `SLOT` lies before the rank, and both before or after all that is summed with `x`, the masked way is one
+    plain product: elsewhere the stack is transposed for it at every call.
+    """
 
     first: Axes
     second: Axes
@@ -104,18 +109,18 @@ class _Operands(NamedTuple):
     second: jax.Array
     second_axes: Axes
     h_axes: Axes
-    on: jax.Array  # where a thin sum was chosen, of the shape of its first axes
+    on: jax.Array  # (ROW, SLOT), or (ROW,) of gathered factors: where a thin sum was chosen
 
 
 def _operands(spec: Contraction, many: Many, first: Any, second: Any, index: Any) -> _Operands:
+    """`spec.x` and `spec.y` without `ROW`, which leads the axes of everything that is a row's own."""
+    row = functools.partial(replace, spec, x=(ROW, *spec.x), y=(ROW, *spec.y))
     if many.selection == "masked":
         on = index[:, None] == jnp.arange(many.slots)
-        return _Operands(first, many.first, second, many.second, (ROW, SLOT, *spec.h), on)
+        return _Operands(first, many.first, second, many.second, row(first=many.first, second=many.second).h, on)
 
     def taken(stack: Any, axes: Axes) -> tuple[jax.Array, Axes]:
-        at = axes.index(SLOT)
-        rows = jnp.take(stack, jnp.maximum(index, 0), at, mode="clip")
-        return rows, tuple(ROW if name == SLOT else name for name in axes)
+        return _taken(stack, axes, index), (ROW, *(name for name in axes if name != SLOT))
 
     return _Operands(*taken(first, many.first), *taken(second, many.second), (ROW, *spec.h), index >= 0)
 
@@ -132,15 +137,15 @@ def _forward(spec: Contraction, many: Many, x: Any, first: Any, second: Any, sca
         x, (ROW, *spec.x), ops.first, ops.first_axes, ops.h_axes,
         precision=spec.precision, preferred_element_type=wide(x.dtype),
     )  # fmt: skip
-    h = _chosen(h, ops.on, scale, index).astype(x.dtype)
+    h = _chosen(h, ops, scale, index).astype(x.dtype)
     y = contract(h, ops.h_axes, ops.second, ops.second_axes, (ROW, *spec.y), precision=spec.precision)
     return _not_of_the_base(y, many, index), h
 
 
-def _chosen(h: jax.Array, on: jax.Array, scale: jax.Array, index: jax.Array) -> jax.Array:
+def _chosen(h: jax.Array, ops: _Operands, scale: jax.Array, index: jax.Array) -> jax.Array:
     """A thin sum times the scale of each row's adapter, and zero where it was not chosen: also where it overflowed."""
     own = scale[jnp.maximum(index, 0)].astype(h.dtype)
-    on = on.reshape(*on.shape, *(1,) * (h.ndim - on.ndim))
+    on = spread(ops.on, (ROW, SLOT)[: ops.on.ndim], ops.h_axes)
     return jnp.where(on, h * own.reshape(-1, *(1,) * (h.ndim - 1)), 0)
 
 
@@ -161,22 +166,26 @@ def _bwd(spec: Contraction, many: Many, saved: Any, dy: jax.Array) -> Any:
     ops = _operands(spec, many, first, second, index)
     pair = functools.partial(contract, precision=spec.precision, preferred_element_type=wide(x.dtype))
     g = pair(dy, (ROW, *spec.y), ops.second, ops.second_axes, ops.h_axes)
-    g = _chosen(g, ops.on, scale, index).astype(x.dtype)
+    g = _chosen(g, ops, scale, index).astype(x.dtype)
     dx = _not_of_the_base(pair(g, ops.h_axes, ops.first, ops.first_axes, (ROW, *spec.x)), many, index).astype(x.dtype)
     dfirst = pair(x, (ROW, *spec.x), g, ops.h_axes, ops.first_axes)
     dsecond = pair(h, ops.h_axes, dy, (ROW, *spec.y), ops.second_axes)
     if many.selection != "masked":
-        dfirst = _summed(dfirst, ops.first_axes, many.slots, index)
-        dsecond = _summed(dsecond, ops.second_axes, many.slots, index)
+        dfirst = _summed(dfirst, first.shape, many.first, index)
+        dsecond = _summed(dsecond, second.shape, many.second, index)
     return dx, dfirst.astype(first.dtype), dsecond.astype(second.dtype), jnp.zeros_like(scale), None
 
 
-def _summed(rows: jax.Array, axes: Axes, slots: int, index: jax.Array) -> jax.Array:
-    """Gradients of rows added up in their slots. Those of the base are zero already."""
-    at = axes.index(ROW)
-    shape = (*rows.shape[:at], slots, *rows.shape[at + 1 :])
-    where = (slice(None),) * at + (jnp.maximum(index, 0),)
-    return jnp.zeros(shape, rows.dtype).at[where].add(rows)
+def _taken(stack: Any, axes: Axes, index: jax.Array) -> jax.Array:
+    """A row's factors for each row, (ROW, ...). Indexing by an array would move the slots to the front first."""
+    at = axes.index(SLOT)
+    return jax.vmap(lambda i: lax.dynamic_index_in_dim(stack, i, at, keepdims=False))(jnp.maximum(index, 0))
+
+
+def _summed(rows: jax.Array, shape: tuple[int, ...], axes: Axes, index: jax.Array) -> jax.Array:
+    """Gradients of rows added up in their slots of a stack. Those of the base are zero already."""
+    stack = jax.ShapeDtypeStruct(shape, rows.dtype)
+    return jax.linear_transpose(lambda stack: _taken(stack, axes, index), stack)(rows)[0]
 
 
 _rows.defvjp(_fwd, _bwd)

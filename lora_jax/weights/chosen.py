@@ -1,8 +1,9 @@
 """The kind of one adapter chosen out of a stack of them: W + scale[i] * A[i]·B[i], with `i` a value of the program.
 
-The factors of all slots stay one array each, with the slots after the stacked axes: A (*lead, slot, *in, rank), B
-(*lead, slot, rank, *out). Products choose as late as they can (`ops.many`), so that under `vmap` over `i` no
-adapter is copied where that can be spared. A negative `i` is the base.
+The factors of all slots stay one array each, with the slots before the rank: A (*lead, *in, slot, rank), B (*lead,
+slot, rank, *out), so that all of them together are the factors of one adapter of slots times the rank. Products choose
+as late as they can (`ops.many`), so that under `vmap` over `i` no adapter is copied where that can be spared. A
+negative `i` is the base.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def chosen_weight(
     lead, inner, outer = site.atoms_of("l"), site.atoms_of("i"), site.atoms_of("o")
     dims = tuple(tuple(atom for atom in site.atoms if atom.axis == d) for d in range(len(site.shape)))
     axes = (
-        ("a", (*lead, SLOT, *inner, RANK)), ("b", (*lead, SLOT, RANK, *outer)), ("index", ()), ("scale", (SLOT,)),
+        ("a", (*lead, *inner, SLOT, RANK)), ("b", (*lead, SLOT, RANK, *outer)), ("index", ()), ("scale", (SLOT,)),
     )  # fmt: skip
     return Virtual(
         base=base, factors={"a": a, "b": b, "scale": scale, "index": index}, key=key, dims=dims, axes=axes,

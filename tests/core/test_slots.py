@@ -85,7 +85,7 @@ def test_trained_together_as_if_alone():
         for got, want in zip(*map(jax.tree.leaves, (trained.get("idle"), adapters["idle"])), strict=True):
             np.testing.assert_array_equal(got, want)
         # What pads a smaller rank stays zero: `get` cuts it off, and a larger rank would have trained.
-        a = stack.leaf(("stack", "lora_A", "kernel"))[:, bank.slot("one")]
+        a = stack.leaf(("stack", "lora_A", "kernel"))[:, :, bank.slot("one")]
         assert not np.any(a[..., 1:]) and np.all(np.any(a[..., :1] != 0, 1))
 
 
@@ -125,8 +125,9 @@ def test_a_new_adapter_in_an_old_slot():
     (moved, _), (stale, _) = (update(factors_of(other), s, bank.stack.factors) for s in (fresh, state))
     alone, _ = TX.update(other, TX.init(new), new)
     slot = bank.slot("new")
-    for got, kept, want in zip(*map(jax.tree.leaves, (moved, stale, alone)), strict=True):
-        got, kept = np.asarray(got), np.asarray(kept)  # (layers, slots, ...)
+    trees = (moved, stale, alone, bank.stack.slot_axes())
+    for got, kept, want, axis in zip(*map(jax.tree.leaves, trees), strict=True):
+        got, kept = (np.moveaxis(np.asarray(leaf), axis, 1) for leaf in (got, kept))  # (layers, slots, ...)
         bound = reference.tolerance(np.float32, 100) * np.abs(want).max()
         assert reference.excess(got[:, slot], np.asarray(want), bound) <= 1
         assert reference.excess(kept[:, slot], np.asarray(want), bound) > 1
