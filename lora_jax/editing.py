@@ -16,7 +16,7 @@ from lora_jax import targets
 from lora_jax.adapters import Adapter, expected_leaves
 from lora_jax.algebra import as_factors, as_matrices, first, product_svd
 from lora_jax.initialisers import init_factors
-from lora_jax.sites import LORA_A, LORA_B, Site
+from lora_jax.sites import LORA_A, LORA_B, LORA_BIAS, Site
 
 
 def resized(site: Site, rank: int, scale: float) -> Site:
@@ -28,7 +28,7 @@ def resize(adapter: Adapter, rank: int | Mapping[str, int], *, key: jax.Array | 
     """The adapter at another rank: the same change of the weights where the rank grows, the nearest where it falls.
 
     Scales stay what they were (alpha follows the rank). A smaller rank is the truncated SVD of the product, from its
-    factors, with the singular values shared out evenly between the two.
+    factors, with the singular values shared out evenly between the two. A bias on B (`lora_bias`) stays as it is.
 
     **Arguments:**
 
@@ -44,14 +44,14 @@ def resize(adapter: Adapter, rank: int | Mapping[str, int], *, key: jax.Array | 
     for pattern, value in patterns.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"the rank {value!r} for {pattern!r} must be a positive whole number.")
-    check_only_factors([s for s in adapter.sites if not s.is_full], "`resize` cannot change")
+    check_only_factors([s for s in adapter.sites if not s.is_full], "`resize` cannot change", but=(LORA_BIAS,))
     sites, leaves, used = [], {}, set()
     for site in adapter.sites:
         keys = [] if site.is_full else targets.pattern_keys(site.path, patterns)
         used.update(keys)
+        leaves.update({path: adapter.leaf(path) for path in expected_leaves((site,))})
         if not keys:
             sites.append(site)
-            leaves.update({path: adapter.leaf(path) for path in expected_leaves((site,))})
             continue
         new = int(patterns[keys[0]])
         alpha = site.alpha * (math.sqrt(new / site.rank) if site.rslora else new / site.rank)
@@ -88,7 +88,8 @@ def _shrunk(site: Site, shrunk: Site, a: jax.Array, b: jax.Array) -> tuple[jax.A
 def rescale(adapter: Adapter, factor: float) -> Adapter:
     """The adapter with `factor` times its change of the weights: alpha is multiplied, the factors are the same arrays.
 
-    A factor of 0 gives the base, bit for bit, and the adapter's gradient is zero.
+    A bias on B (`lora_bias`) counts `factor` times as well, since alpha scales it too. A factor of 0 gives the base,
+    bit for bit, and the adapter's gradient is zero.
 
     **Raises:** `ValueError` for a factor that is not finite, and for `modules_to_save` and DoRA, whose change is
     not linear in alpha. `TypeError` for a factor that is no number: a traced one multiplies an `AdapterBank`'s scales.
@@ -102,7 +103,7 @@ def rescaled(sites: Sequence[Site], factor: float) -> tuple[Site, ...]:
     factor = float(factor)
     if not math.isfinite(factor):
         raise ValueError(f"`factor={factor!r}` must be a finite number.")
-    check_only_factors(sites, "`rescale` cannot change")
+    check_only_factors(sites, "`rescale` cannot change", but=(LORA_BIAS,))
     return tuple(replace(site, alpha=site.alpha * factor) for site in sites)
 
 
@@ -195,12 +196,15 @@ def check_number(name: str, value: Any) -> None:
         )
 
 
-def check_only_factors(sites: Sequence[Site], what: str) -> None:
-    """Raises for sites that are more than `scale * A @ B`: full copies, and kinds with leaves of their own (DoRA)."""
+def check_only_factors(sites: Sequence[Site], what: str, but: Sequence[str] = ()) -> None:
+    """Raises for sites that are more than `scale * A @ B`: full copies, and kinds with leaves of their own (DoRA).
+
+    `but`: names of leaves that may be there.
+    """
     problems = []
     for site in sites:
-        pair = {site.leaf_path(LORA_A), site.leaf_path(LORA_B)}
-        more = ["/".join(path) for path in expected_leaves((site,)) if path not in pair]
+        known = {site.leaf_path(name) for name in (LORA_A, LORA_B, *but)}
+        more = ["/".join(path) for path in expected_leaves((site,)) if path not in known]
         if site.is_full:
             problems.append(f"`{site.name}` is trained in full (`modules_to_save`)")
         elif more:

@@ -82,6 +82,36 @@ def _place(placed, bias):
     return jnp.tensordot(bias.reshape(-1), jnp.asarray(np.stack([placed(row) for row in eye])), 1)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_other_scales_and_ranks(rslora):
+    """Both leave what a bias on B does exact: it is scaled as B is, and no rank touches it."""
+    with jax.enable_x64(True):
+        w, x = normal(6, 7).astype(np.float64), X.astype(np.float64)
+
+        def run(adapter):
+            plan = lj.plan(fn, {"w": w}, x, config=config(lora_bias=True, dtype="float64"))
+            return np.asarray(lj.apply(fn, plan)({"w": w}, adapter, x))
+
+        fn = PRODUCTS["dense"][0]
+        adapter = random(lj.plan(fn, {"w": w}, x, config=config(lora_bias=True, use_rslora=rslora, dtype="float64")))
+        (site,) = adapter.sites
+        bias, whole = np.asarray(adapter.vectors(site)[LORA_BIAS]), run(adapter)
+        bound = reference.tolerance(np.float64, 512) * np.abs(whole).max()
+
+        want = x @ w - 1.5 * (whole - x @ w)
+        assert reference.excess(run(lj.rescale(adapter, -1.5)), want, bound) <= 1
+        assert reference.excess(want, want - 2.5 * site.scale * bias, bound) > 1  # of a bias left as it was
+        np.testing.assert_array_equal(run(lj.rescale(adapter, 0.0)), jnp.asarray(x) @ w)
+
+        for grown in (lj.resize(adapter, 5), lj.resize(adapter, 5, key=jax.random.key(0))):
+            assert grown.sites[0].rank == 5 and reference.excess(run(grown), whole, bound) <= 1
+        u, s, vt = np.linalg.svd(reference.delta(site, *adapter.factors(site)))
+        want = x @ (w + s[0] * np.outer(u[:, 0], vt[0])) + site.scale * bias
+        assert reference.excess(run(lj.resize(adapter, 1)), want, bound) <= 1
+        assert reference.excess(want, want - site.scale * bias, bound) > 1
+        assert reference.excess(whole, want, bound) > 1
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
