@@ -66,8 +66,13 @@ def rank_of(thin: Any) -> int:
     return 16 if thin.shape[0] == 16 else thin.shape[1]
 
 
-def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig, *, masked: bool = False) -> str | None:
-    """Why the kernel can't run, or None. `m`, `k`, `n`, `rank` as handed to it, padding included."""
+def unsupported(
+    m: int, k: int, n: int, rank: int, config: GemmConfig, *, masked: bool = False, run: int | None = None
+) -> str | None:
+    """Why the kernel can't run, or None. `m`, `k`, `n`, `rank` as handed to it, padding included.
+
+    `run`: rows of each tail, where there are several.
+    """
     if m % 8 or k % K_TILE or n % K_TILE:
         return f"M={m} must be a multiple of 8, K={k} and N={n} of {K_TILE}"
     if rank and rank != padded_rank(rank):
@@ -80,6 +85,10 @@ def unsupported(m: int, k: int, n: int, rank: int, config: GemmConfig, *, masked
         return f"a masked tail of R={rank} fills the ring of {config.stages} stages"
     if masked and in_ring(rank) and config.store_n % K_TILE:
         return f"a masked tail of R={rank} is cut as it lies, in {K_TILE} columns, not {config.store_n}"
+    if run is not None and (m % run or run % config.block[0]):
+        return (
+            f"runs of {run} of M={m} rows, each with a tail of its own; {config} takes multiples of {config.block[0]}"
+        )
     if config.delay > 1 or (config.tile_m // 64 * (config.tile_n // config.store_n)) % config.store_slots:
         return f"{config}: at most one product is left in flight, and the stores of a tile use each slot equally often"
     return None

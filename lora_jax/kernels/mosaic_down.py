@@ -56,6 +56,9 @@ def down(
 
     Several `x` and as many `a_t` are taken for one of each, side by side: the sum of their products. `by_rank`: the
     result's layout, if R alone does not decide it.
+
+    `a_t` may have a third axis before the others: one for each of as many runs of equally many rows, a multiple of
+    those of `config`.
     """
     c = config
     xs: Any = x if isinstance(x, tuple) else (x,)
@@ -65,7 +68,9 @@ def down(
         assert seed is None, "a mask has one place for its columns"
         factors = [jnp.pad(a, ((0, 0), (0, n * c.depth - a.shape[1]))) for a, n in zip(factors, counts, strict=True)]
     factor = factors[0] if len(xs) == 1 else jnp.concatenate(factors, 1)
-    rank, rows = factor.shape[0], xs[0].shape[0]
+    rank, rows = factor.shape[-2], xs[0].shape[0]
+    run = None if factor.ndim == 2 else rows // factor.shape[0]
+    assert run is None or (run % c.rows == 0 and len(xs) == 1), (factor.shape, rows, c)
     rank_first = not in_ring(rank) if by_rank is None else by_rank
     blocks = pl.cdiv(rows, c.rows)
     by_rank = rank_first and c.splits == 1 and mosaic.STORES_TRANSPOSED
@@ -78,7 +83,7 @@ def down(
     def lora_down(*refs):
         xs_g, (a_g, *rest) = refs[: len(xs)], refs[len(xs) :]
         seed_g = rest[0] if seed is not None else None
-        _kernel(xs_g, counts, a_g, seed_g, rest[-1], config=c, by_rank=by_rank, threshold=threshold)
+        _kernel(xs_g, counts, a_g, seed_g, rest[-1], run=run, config=c, by_rank=by_rank, threshold=threshold)
 
     out = mosaic.kernel(
         lora_down,
@@ -93,9 +98,11 @@ def down(
     return out.T if rank_first and not by_rank else out
 
 
-def _kernel(xs_g, counts, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool, threshold: int):
+def _kernel(
+    xs_g, counts, a_g, seed_g, h_g, *, run: int | None, config: DownConfig, by_rank: bool, threshold: int
+):  # fmt: skip
     c = config
-    dtype, rank = a_g.dtype, a_g.shape[0]
+    dtype, rank = a_g.dtype, a_g.shape[-2]
     steps = pl.cdiv(sum(counts), c.splits)
     row0, split = lax.axis_index("rows") * c.rows, lax.axis_index("split")
 
@@ -118,7 +125,8 @@ def _kernel(xs_g, counts, a_g, seed_g, h_g, *, config: DownConfig, by_rank: bool
 
             at = split * steps + step
             mosaic.side_by_side(at, counts, copy)
-            plgpu.copy_gmem_to_smem(a_g.at[:, pl.ds(at * c.depth, c.depth)], a_s.at[slot], full.at[slot])
+            mine_g = a_g if run is None else a_g.at[lax.div(row0, run)]
+            plgpu.copy_gmem_to_smem(mine_g.at[:, pl.ds(at * c.depth, c.depth)], a_s.at[slot], full.at[slot])
 
         def multiply(acc):
             def use(slot, step):

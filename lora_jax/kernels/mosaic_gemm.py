@@ -58,12 +58,16 @@ def gemm(
 
     Several `x` and as many `w` are taken for one of each, side by side: the sum of their products, and one tail.
     `part`: (first, R) of the ranks of `thin`, if not all; then R alone decides on its layout, 16 or more.
+
+    With a third axis before the others, `tail` is one for each of as many runs of equally many rows. A run is a
+    multiple of the rows of a block of `config`.
     """
     xs, ws = (v if isinstance(v, tuple) else (v,) for v in (x, w))
     m, n = xs[0].shape[0], ws[0].shape[0] if transposed else ws[0].shape[1]
     k = sum(x.shape[1] for x in xs)
     first, rank = part or (0, 0 if thin is None else rank_of(thin))
-    problem = unsupported(m, k, n, rank, config, masked=seed is not None)
+    run = m // tail.shape[0] if tail is not None and tail.ndim == 3 else None
+    problem = unsupported(m, k, n, rank, config, masked=seed is not None, run=run)
     if problem:
         raise ValueError(problem)
     given = {"thin_g": thin, "tail_g": tail, "bias_g": padded_bias(bias, config.block[1]), "seed_g": seed}
@@ -73,7 +77,7 @@ def gemm(
         xs_g, ws_g, rest = refs[: len(xs)], refs[len(xs) : 2 * len(xs)], refs[2 * len(xs) :]
         _kernel(
             xs_g, ws_g, rest[-1], **dict(zip(given, rest, strict=False)),
-            first_rank=first, rank=rank, config=config, transposed=transposed, threshold=threshold,
+            first_rank=first, rank=rank, run=run, config=config, transposed=transposed, threshold=threshold,
         )  # fmt: skip
 
     return mosaic.kernel(
@@ -90,7 +94,7 @@ def gemm(
 
 def _kernel(
     xs_g, ws_g, y_g, *, thin_g: Any = None, tail_g: Any = None, bias_g: Any = None, seed_g: Any = None,
-    first_rank: int, rank: int, config: GemmConfig, transposed: bool, threshold: int,
+    first_rank: int, rank: int, run: int | None, config: GemmConfig, transposed: bool, threshold: int,
 ):  # fmt: skip
     c = config
     dtype = y_g.dtype
@@ -141,6 +145,9 @@ def _kernel(
                 mi, ni = (mi * 2 + cta, ni) if c.cluster == "m" else (mi, ni * 2 + cta)
             return mi * cta_m, ni * cta_n
 
+        def tail_of(m0):
+            return tail_g if run is None else tail_g.at[lax.div(m0, run)]
+
         def multicast(side):
             return "cluster" if c.cluster == side else None
 
@@ -162,7 +169,7 @@ def _kernel(
             plgpu.copy_gmem_to_smem(thin_g.at[pl.ds(first_rank, rank), pl.ds(m0, cta_m)], thin_s, done)
             for half in range(halves[0]):
                 ns = pl.ds(n0 + half * halves[1], halves[1])
-                plgpu.copy_gmem_to_smem(tail_g.at[:, ns], tail_s.at[half], done)
+                plgpu.copy_gmem_to_smem(tail_of(m0).at[:, ns], tail_s.at[half], done)
 
         @pl.when(wg == 2)
         def _load():
@@ -193,7 +200,7 @@ def _kernel(
 
                         @pl.when(step >= main_steps)
                         def _():
-                            load_step(thin_g, tail_g, slot, team, step - main_steps, m0, n0, first_rank)
+                            load_step(thin_g, tail_of(m0), slot, team, step - main_steps, m0, n0, first_rank)
 
                     if own_tail:
                         # By now the last tile's tail was used: its products came before those of this ring's slots.

@@ -46,17 +46,20 @@ def outer(
     part: tuple[int, int] | None = None,
     seed: jax.Array | None = None,
     threshold: int = 0,
+    apart: bool = False,
     interpret: Any = None,
 ) -> list[jax.Array]:
     """`drop(x)ᵀ·g` of each pair: (M, K), thin -> (K, R) float32. M and R are the same for all, K is not.
 
     `thin` is (R, M or more), or (M or more, R) for R in the ring. `seed` and `threshold` as in `mosaic_down.down`, for
     the first pair only. R is a multiple of 16, K of 64. Rows of `g` beyond M must be finite. `part`: (first, R) of the
-    ranks of every `g`, if not all, as in `mosaic_gemm`.
+    ranks of every `g`, if not all, as in `mosaic_gemm`. `apart`: each of the `splits` is a sum that is wanted for
+    itself, (splits, K, R), of equally many rows.
     """
     c = config
     first_rank, rank = part or (0, rank_of(pairs[0][1]))
     blocks = [pl.cdiv(x.shape[1], c.columns) for x, _ in pairs]
+    assert not apart or pairs[0][0].shape[0] % (c.splits * c.rows) == 0, (pairs[0][0].shape, c)
     operands = [operand for pair in pairs for operand in pair] + ([] if seed is None else [seed])
 
     def lora_outer(*refs):
@@ -74,9 +77,10 @@ def outer(
         num_threads=c.workers + 1,
         interpret=interpret,
     )(*operands)
-    out = out.sum(0) if c.splits > 1 else out[0]
+    if not apart:
+        out = out.sum(0) if c.splits > 1 else out[0]
     starts = [sum(blocks[:i]) * c.columns for i in range(len(blocks))]
-    return [out[start : start + x.shape[1]] for start, (x, _) in zip(starts, pairs, strict=True)]
+    return [out[..., start : start + x.shape[1], :] for start, (x, _) in zip(starts, pairs, strict=True)]
 
 
 def _kernel(

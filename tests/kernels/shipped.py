@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels import mosaic, mosaic_adapted, mosaic_group, tuned
+from lora_jax.kernels import mosaic, mosaic_adapted, mosaic_group, mosaic_many, tuned
 from lora_jax.kernels.gemm_config import in_ring, padded_rank
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import outer
 
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (2048, 2048, 8192), (16384, 8192, 8192)]
+MANY = [(8192, 4096, 4096, 32), (4096, 2048, 8192, 32)]  # the last: runs of rows
 GROUPS = [(8192, 4096, (4096, 1024, 1024)), (8192, 4096, (14336, 14336))]
 RANKS = (16, 64, 128, 192, 256)  # as padded
 SMS, THRESHOLD = 132, 3277
@@ -46,6 +47,7 @@ def kernels(rank: int, dtype: Any = jnp.bfloat16) -> Iterator[Kernel]:
                     seen.add(key)
                     yield kernel
     yield from _grouped(rank, dtype)
+    yield from _many(rank, dtype)
 
 
 def _grouped(rank: int, dtype: Any) -> Iterator[Kernel]:
@@ -74,6 +76,29 @@ def _grouped(rank: int, dtype: Any) -> Iterator[Kernel]:
             operands = (*dys, *(((k, n), dtype) for n in ns), g, ((k, together), dtype))
             name = f"gemm {words} side by side" + (" masked" if masked else "")
             yield Kernel(name, run, (*operands, *([((4,), jnp.int32)] if masked else [])))
+
+
+def _many(rank: int, dtype: Any) -> Iterator[Kernel]:
+    """Of `mosaic_many`, what is no kernel of a single adapter's: factors of each run."""
+    for m, k, n, runs in MANY:
+        x, dy, w, words = ((m, k), dtype), ((m, n), dtype), ((k, n), dtype), f"R={rank} of runs of {m // runs}"
+        if mosaic_many.unsupported(m, k, n, rank, runs, dtype):
+            continue
+        thin = ((m, rank) if in_ring(rank) else (rank, m), dtype)
+        run: Any = functools.partial(down, config=tuned.down_config(m, k, rank, SMS))
+        yield Kernel(f"down {words}", run, (x, ((runs, rank, k), dtype)))
+        for transposed in (False, True):
+            config = mosaic_many.gemm_config(m, k, n, rank, runs)
+            run = functools.partial(gemm, config=config, transposed=transposed)
+            kernel = ((n, k), dtype) if transposed else w
+            tail = ((runs, n, rank) if transposed and in_ring(rank) else (runs, rank, n), dtype)
+            yield Kernel(f"gemm {words}" + (" transposed" if transposed else ""), run, (x, kernel, thin, tail))
+        run = _of_two(outer, config=mosaic_many.outer_config(rank, runs), apart=True)
+        yield Kernel(f"outer {words}", run, (x, thin, dy, thin))
+
+
+def _of_two(kernel: Any, **options: Any) -> Any:
+    return lambda x, g, dy, h: kernel([(x, g), (dy, h)], **options)
 
 
 def _of_one(kernel: Any, **options: Any) -> Any:
