@@ -153,7 +153,7 @@ def _chosen(
         elif chosen is not None:
             reasons[each] = f"{chosen} comes first"
         else:
-            why = _why_not(each, family, spec, matrices, x, w, dropped, by_name=implementation is not None)
+            why = why_not(each, family, spec, matrices, x, w, dropped, by_name=implementation is not None)
             if why is None:
                 chosen = each
             elif implementation == each:
@@ -193,9 +193,10 @@ def record(choice: Choice) -> Choice:
     return choice
 
 
-def _why_not(
+def why_not(
     each: str, family: Family, spec: Contraction, matrices: Matrices | str, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:
+    """What speaks against a family, or None. `by_name`: speed does not."""
     if why := device_lacks(family):
         return why
     if why := _types(spec, x, w):

@@ -62,6 +62,17 @@ def reorder(x: jax.Array, axes: Sequence[Hashable], to: Sequence[Hashable]) -> j
     return x if tuple(axes) == tuple(to) else lax.transpose(x, _positions(axes, to))
 
 
+def short(x: jax.Array) -> jax.Array:
+    """Without axes of length one."""
+    return lax.squeeze(x, [d for d, n in enumerate(x.shape) if n == 1])
+
+
+def ordered(x: jax.Array, axes: Axes, to: Axes) -> jax.Array:
+    """`x` with the axes `to`; those that are left out have length one."""
+    x = lax.squeeze(x, [d for d, name in enumerate(axes) if name not in to])
+    return reorder(x, tuple(name for name in axes if name in to), to)
+
+
 def spread(x: jax.Array, axes: Sequence[Hashable], over: Sequence[Hashable]) -> jax.Array:
     """`x` with an axis for each name of `over`, of length one where it has none: ready to broadcast."""
     order = [name for name in over if name in axes]

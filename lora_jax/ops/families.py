@@ -23,6 +23,12 @@ A family may have a second module for several products that share `x` and its ma
     forward(x, ws, a_s, b_s, drop, biases=) -> (ys, h)
     backward(dys, x, ws, a_s, b_s, h, drop, wants=) -> (dx, das, dbs); `wants` is for any of them
 
+And a third, for M rows in `runs` equal runs, each with factors of its own, without dropout:
+
+    unsupported(m, k, n, rank, runs, dtype) -> why it can't compute these sizes, or None
+    forward(x, w, a_s, b_s, transposed=) -> (y, h); factors (runs, K, R) and (runs, R, N), `h` as in the first module
+    backward(dy, x, w, a_s, b_s, h, transposed=, wants=) -> (dx, das, dbs), the last two in float32
+
 Modules are imported when they are first needed: Pallas takes its time.
 """
 
@@ -44,12 +50,14 @@ class Family:
     # Least and greatest compute capability; None where the platform alone decides.
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None
     group: str | None = None  # the module for several products
+    many: str | None = None  # the module for an adapter of each run of rows
 
     def load(self) -> ModuleType | str:
         """The modules' first, or why they can't be imported."""
         try:
-            if self.group is not None:
-                importlib.import_module(self.group)
+            for other in (self.group, self.many):
+                if other is not None:
+                    importlib.import_module(other)
             return importlib.import_module(self.module)
         except ImportError as error:
             return f"its kernels can't be imported: {error}"
@@ -64,6 +72,7 @@ FAMILIES: dict[str, Family] = {
         "a Hopper GPU (H100, H200)",
         ((9, 0), (9, 0)),
         group="lora_jax.kernels.mosaic_group",
+        many="lora_jax.kernels.mosaic_many",
     ),
     "triton": Family("lora_jax.kernels.triton_lora", ("cuda",), "an Ampere, Ada or Hopper GPU", ((8, 0), (9, 0))),
 }
@@ -79,3 +88,9 @@ def group_kernels(name: str) -> Any:
     """The module for several products, or None."""
     group = FAMILIES[name].group
     return None if group is None else importlib.import_module(group)
+
+
+def many_kernels(name: str) -> Any:
+    """The module for an adapter of each run of rows, or None."""
+    many = FAMILIES[name].many
+    return None if many is None else importlib.import_module(many)

@@ -102,7 +102,7 @@ def _over_devices(
             return of_given
 
         over_devices = partition.split_over_devices(
-            every(local), every(by_xla), functools.partial(_anywhere, fused), [axes[i] for i in there], out,
+            every(local), every(by_xla), functools.partial(anywhere, fused.family), [axes[i] for i in there], out,
             size=size, rows=rows, wishes=wishes, summed=summed,
             alike=[tuple(own(i, (axis,))[0] for i in range(count)) for axis in fused.one.outer],
         )  # fmt: skip
@@ -111,12 +111,12 @@ def _over_devices(
     return run
 
 
-def _anywhere(fused: Fused, run: Any, by_xla: Any) -> Any:
+def anywhere(family: str, run: Any, by_xla: Any) -> Any:
     """`run` on the kernels' platforms and `by_xla` on others; `by_xla` under `vmap` and where it is differentiated.
 
     The latter are second derivatives: those of the forward pass have a rule of their own (`low_rank`).
     """
-    platforms = FAMILIES[fused.family].platforms
+    platforms = FAMILIES[family].platforms
 
     @custom_vmap
     def call(*operands: Any) -> Any:

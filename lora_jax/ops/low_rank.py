@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import _compat
 from lora_jax.ops import fused_devices, plain
 from lora_jax.ops.choice import Choice, Sharing, choose, choose_group
-from lora_jax.ops.contract import Axes, reorder
+from lora_jax.ops.contract import Axes, ordered, reorder, short
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import seed_words
 from lora_jax.ops.fused import Fused
@@ -161,12 +160,10 @@ class _Product:
             return plain.forward(spec, x, ws, firsts, ups, seed, biases=biases)
         m = fused.one
         flat = [
-            None if b is None else _order(b if b.dtype == x.dtype else b.astype(wide(x.dtype)), spec.bias, m.outer)
+            None if b is None else ordered(b if b.dtype == x.dtype else b.astype(wide(x.dtype)), spec.bias, m.outer)
             for b in biases
         ]
-        ys, hs = fused_devices.forward(
-            fused, _short(x), [_short(w) for w in ws], *self._factors(firsts, ups), flat, seed
-        )
+        ys, hs = fused_devices.forward(fused, short(x), [short(w) for w in ws], *self._factors(firsts, ups), flat, seed)
         if m.flipped:
             ys = [reorder(y, fused.y, (*m.outer, *m.rows)) for y in ys]
         shapes = [_shape(spec.y, (spec.x, x), (spec.w, w)) for w in ws]
@@ -180,10 +177,8 @@ class _Product:
         if fused is None:
             return plain.backward(spec, dys, x, ws, firsts, ups, hs, seed, wants)
         a_s, b_s = self._factors(firsts, ups)
-        outs = [_order(dy, spec.y, fused.y) for dy in dys]
-        dx, das, dbs = fused_devices.backward(
-            fused, outs, _short(x), [_short(w) for w in ws], a_s, b_s, hs, seed, wants
-        )
+        outs = [ordered(dy, spec.y, fused.y) for dy in dys]
+        dx, das, dbs = fused_devices.backward(fused, outs, short(x), [short(w) for w in ws], a_s, b_s, hs, seed, wants)
         m = fused.one
         if dx is not None:
             dx = _laid_out(dx.reshape(x.shape), spec.x_sharding)
@@ -199,7 +194,7 @@ class _Product:
         assert fused is not None
         a_s, b_s = [], []
         for first, up, m in zip(firsts, ups, fused.matrices, strict=True):
-            a, b = _order(first, spec.first, (*m.inner, *m.rank)), _order(up, spec.second, (*m.rank, *m.outer))
+            a, b = ordered(first, spec.first, (*m.inner, *m.rank)), ordered(up, spec.second, (*m.rank, *m.outer))
             a_s.append(a.reshape(*m.shape(m.inner), m.rank_size).astype(fused.dtype))
             b_s.append(b.reshape(m.rank_size, *m.shape(m.outer)))
         return a_s, b_s
@@ -216,17 +211,6 @@ class _Product:
 
 def _laid_out(x: jax.Array, sharding: Any) -> jax.Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
-
-
-def _short(x: jax.Array) -> jax.Array:
-    """Without axes of length one."""
-    return lax.squeeze(x, [d for d, n in enumerate(x.shape) if n == 1])
-
-
-def _order(x: jax.Array, axes: Axes, to: Axes) -> jax.Array:
-    """`x` with the axes `to`; those that are left out have length one."""
-    x = lax.squeeze(x, [d for d, name in enumerate(axes) if name not in to])
-    return reorder(x, tuple(name for name in axes if name in to), to)
 
 
 def _shape(axes: Axes, *operands: tuple[Axes, Any]) -> tuple[int, ...]:

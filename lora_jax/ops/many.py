@@ -7,6 +7,8 @@ gathered    copies the chosen factors, one pair for each row, and multiplies row
             copy of rows·(K + N)·R numbers: right for long rows.
 masked      multiplies every row by every slot's factors as one plain product, and zeroes what was not chosen between
             the two factors. slots times the arithmetic and no copy: right for short rows (decoding).
+fused       copies as `gathered` does, and computes the whole product by kernels (`many_fused`): for long rows, where
+            there are such kernels.
 
 `W` is multiplied once for the whole batch in either way. Letters: K input features, N output features, R rank.
 """
@@ -23,12 +25,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from lora_jax.ops.choice import only_xla
+from lora_jax.ops.choice_many import FUSED, choose_many
 from lora_jax.ops.contract import Axes, contract, spread
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import dropout
+from lora_jax.ops.many_fused import FusedMany, fused_product
+from lora_jax.ops.matrices import axis_sizes
 
 SLOT, ROW = "slot", "row"
-SELECTIONS = ("gathered", "masked")
+SELECTIONS = ("gathered", "masked", FUSED)
 # Multiply-adds that cost as much as moving one number, in bfloat16 on an H100 (989 TFLOP/s, 3.35 TB/s), times a half
 # for what is reached. Read from data sheets, not tuned.
 BALANCE = 256
@@ -48,7 +54,7 @@ class Many(NamedTuple):
 
     def way(self, rows: int, tokens: int) -> str:
         """How `rows` rows of `tokens` tokens each are multiplied."""
-        if self.selection is not None:
+        if self.selection not in (None, FUSED):
             return self.selection
         # Each of the chosen factors is read, written and read again; of all of them each is read once, and
         # multiplied by every token.
@@ -58,24 +64,66 @@ class Many(NamedTuple):
 
 def many_contract(
     spec: Contraction, many: Many, x: jax.Array, w: jax.Array, first: jax.Array, second: jax.Array,
-    scale: jax.Array, index: jax.Array, key: jax.Array | None,
+    scale: jax.Array, index: jax.Array, key: jax.Array | None, name: str = "",
 ) -> jax.Array:  # fmt: skip
     """The adapted product of one row; see the module.
 
     **Arguments:** `spec` as for `low_rank_contract`, its factors without the slots; `first` and `second`, the stacks;
-    `scale` (slots,); `index`, an integer scalar, negative for none.
+    `scale` (slots,); `index`, an integer scalar, negative for none; `name`, of the weight, for messages.
 
     Sums are float32 (float64 for float64); `scale` multiplies the thin one before it is rounded to `x`'s dtype.
     Differentiable in reverse mode by `x`, `w` and both stacks; `scale` has no gradient.
+
+    **Raises:** `ValueError` where kernels are asked for and can't run.
     """
-    y = contract(
-        x, spec.x, w, spec.w, spec.y, summed=spec.summed,
-        precision=spec.precision, preferred_element_type=spec.preferred_element_type, out_sharding=spec.out_sharding,
-    )  # fmt: skip
-    dtype = compute_dtype(x)
-    dropped = dropout(x.astype(dtype), key, spec.dropout_rate, spec.columns)
-    branch = _branch(spec, many)(dropped, first.astype(dtype), second.astype(dtype), lax.stop_gradient(scale), index)
-    return y + branch.astype(y.dtype)
+    dropped = dropout(x.astype(compute_dtype(x)), key, spec.dropout_rate, spec.columns)
+    has_dropout = key is not None and spec.dropout_rate > 0
+    return _whole(spec, many, has_dropout, name)(x, dropped, w, first, second, lax.stop_gradient(scale), index)
+
+
+def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
+    """The product of one row, of which `jax.vmap` makes one on kernels where these can compute it."""
+
+    def by_xla(x: Any, dropped: Any, w: Any, first: Any, second: Any, scale: Any, index: Any) -> jax.Array:
+        y = contract(
+            x, spec.x, w, spec.w, spec.y, summed=spec.summed, precision=spec.precision,
+            preferred_element_type=spec.preferred_element_type, out_sharding=spec.out_sharding,
+        )  # fmt: skip
+        branch = _branch(spec, many)(dropped, first.astype(dropped.dtype), second.astype(dropped.dtype), scale, index)
+        return y + branch.astype(y.dtype)
+
+    @custom_vmap
+    def product(*operands: Any) -> jax.Array:
+        return by_xla(*operands)
+
+    @product.def_vmap
+    def _(size: int, mapped: Any, *operands: Any) -> tuple[jax.Array, bool]:
+        x, _, w, first, second, scale, index = operands
+        if any(mapped[2:6]):  # a stack for each row: a `vmap` of somebody else's
+            only_xla("a product of rows with weights of their own", None, name)
+        else:
+            x, index = (
+                value if own else jnp.broadcast_to(value, (size, *value.shape))
+                for value, own in ((x, mapped[0]), (index, mapped[6]))
+            )
+            fused = _fused(spec, many, x, w, first, has_dropout, name)
+            if fused is not None:
+                return fused_product(fused, x, w, first, second, scale, index), True
+        return jax.vmap(by_xla, in_axes=tuple(0 if own else None for own in mapped), axis_size=size)(*operands), True
+
+    return product
+
+
+def _fused(
+    spec: Contraction, many: Many, x: jax.Array, w: jax.Array, first: jax.Array, has_dropout: bool, name: str
+) -> FusedMany | None:
+    """The product of all rows on kernels, or None."""
+    rows = replace(spec, x=(ROW, *spec.x), y=(ROW, *spec.y))
+    sizes = axis_sizes((rows.x, x.shape), (rows.w, w.shape), (many.first, first.shape))
+    choice = choose_many(rows, sizes, x, w, many.selection, dropped=has_dropout, name=name)
+    if choice.matrices is None:
+        return None
+    return FusedMany(choice.implementation, rows, many.first, many.second, ROW, SLOT, choice.matrices, x.dtype)
 
 
 def _branch(spec: Contraction, many: Many) -> Any:

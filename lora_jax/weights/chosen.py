@@ -64,11 +64,10 @@ class Chosen(Running):
             return None
         spec, first, second = product_of(w, dot, self.dropout_rate)
         stacks = Many(spec.first, spec.second, w.factors["scale"].shape[0], self.selection)
-        only_xla("a product with one adapter of several", None, self.name)
         plain = replace(spec, first=_without_slot(spec.first), second=_without_slot(spec.second))
         y = many_contract(
             plain, stacks, x.reshape(dot.split_x), w.base.reshape(dot.split_w), first, second,
-            w.factors["scale"], w.factors["index"], key,
+            w.factors["scale"], w.factors["index"], key, self.name,
         )  # fmt: skip
         return y.reshape(dot.out_shape)
 

@@ -90,8 +90,8 @@ def installed(name: str = "reference", platform: str = "cpu"):
     """Puts this family before all others, for one platform; yields the list of its calls."""
     before = dict(FAMILIES)
     FAMILIES.clear()
-    group = "tests.kernels.reference_group"
-    FAMILIES.update({name: Family(__name__, (platform,), f"a {platform}", group=group), **before})
+    others = {"group": "tests.kernels.reference_group", "many": "tests.kernels.reference_many"}
+    FAMILIES.update({name: Family(__name__, (platform,), f"a {platform}", **others), **before})
     calls.clear()
     jax.clear_caches()  # what was traced before would not be traced, and counted, again
     try:

@@ -15,6 +15,7 @@ HOW = {
     "automatic": f"{EACH.format(module='sharded', how='automatic')}\nsharded.manual()\nsharded.no_names()",
     "explicit": f"{EACH.format(module='sharded', how='explicit')}\nsharded.lowered_for_cuda()",
     "automatic group": EACH.format(module="sharded_group", how="automatic"),
+    "automatic many": EACH.format(module="many_stacks", how="automatic"),
     "explicit group": EACH.format(module="sharded_group", how="explicit"),
 }
 
@@ -29,6 +30,6 @@ def test_four_devices(how):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    command = [sys.executable, "-c", f"from tests.kernels import sharded, sharded_group\n{HOW[how]}"]
+    command = [sys.executable, "-c", f"from tests.kernels import many_stacks, sharded, sharded_group\n{HOW[how]}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
