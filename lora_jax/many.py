@@ -27,8 +27,8 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
 
     **Arguments:**
 
-    - `selection`: how products choose their factors, `"gathered"` or `"masked"` (see `lora_jax.ops.many`); None
-      decides for each product by its sizes.
+    - `selection`: how products choose their factors, `"gathered"`, `"masked"` or, on the kernels for Hopper GPUs,
+      `"fused"` (see `lora_jax.ops.many`); None decides for each product by its sizes.
 
     **Arguments of the result:**
 
@@ -41,8 +41,9 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
       become one array of shape (n,).
     - `key`: turns dropout on; part `i` draws with `jax.random.fold_in(key, i)`.
 
-    **Raises:** `ValueError` if the stack does not fit the plan, a batch cannot be cut into as many parts, or an id is
-    none of the slots'. Traced ids are not looked at; beyond the last slot, what they give is undefined.
+    **Raises:** `ValueError` if the stack does not fit the plan, a batch cannot be cut into as many parts, an id is none
+    of the slots', or "fused" is asked of a product that the kernels can't compute. Traced ids are not looked at; beyond
+    the last slot, what they give is undefined.
     """
     if selection is not None and selection not in SELECTIONS:
         raise ValueError(f"`selection={selection!r}` is none of None, {', '.join(map(repr, SELECTIONS))}.")

@@ -63,8 +63,13 @@ def adapted(
 
     bfloat16 or float16, sums in float32, `h` and `y` rounded once. `bias`: (N,), of `x`'s dtype or float32, added
     before. With a `seed` (see `mosaic_dropout.Mask`), `h·b` is masked and rescaled; `h` is not.
+
+    With a third axis before the others, `a_t` and `b` are one for each of as many runs of equally many rows, a multiple
+    of 128.
     """
-    (m, k), n = x.shape, b.shape[1]
+    (m, k), n = x.shape, b.shape[-1]
+    run = None if b.ndim == 2 else m // b.shape[0]
+    assert run is None or (m % run == 0 and run % TILE_M == 0), (x.shape, b.shape)
     columns = CLUSTER * TILE_N
     schedule = ThinSchedule(
         rows=pl.cdiv(m, CTA_M), columns=pl.cdiv(n, columns), steps=pl.cdiv(k, K_TILE),
@@ -77,7 +82,7 @@ def adapted(
     def lora_adapted(x_g, w_g, a_g, b_g, *rest):
         _kernel(
             x_g, w_g, a_g, b_g, *rest[-3:], **dict(zip(given, rest, strict=False)),
-            schedule=schedule, transposed=transposed, threshold=threshold,
+            schedule=schedule, transposed=transposed, threshold=threshold, run=run,
         )  # fmt: skip
 
     y, h, _ = mosaic.kernel(
@@ -99,10 +104,16 @@ def adapted(
 
 def _kernel(
     x_g, w_g, a_g, b_g, y_g, h_g, shares_g, *, bias_g: Any = None, seed_g: Any = None,
-    schedule: ThinSchedule, transposed: bool, threshold: int,
+    schedule: ThinSchedule, transposed: bool, threshold: int, run: int | None,
 ):  # fmt: skip
     dtype, steps, rows, stages = x_g.dtype, schedule.steps, schedule.rows, STAGES
     smem = functools.partial(mosaic.shared, dtype=dtype)
+    tails = 1 if run is None or run % CTA_M == 0 else 2  # else each warpgroup's rows have one of their own
+
+    def of_run(factors_g, row):
+        """Those of a row; of the last run for rows beyond all, which come to nothing."""
+        return factors_g if run is None else factors_g.at[lax.min(lax.div(row, run), factors_g.shape[0] - 1)]
+
     # Of each row block, how many shares are written; last, how many warpgroups' rows of `h`.
     written = pl.get_global(plgpu.SemaphoreType.REGULAR((rows + 1,)))
 
@@ -112,13 +123,14 @@ def _kernel(
         w_s=smem((stages, TILE_N, K_TILE) if transposed else (stages, K_TILE, TILE_N)),
         a_s=smem((A_SLOTS, RANK, K_TILE)),
         thin_s=smem((2, RANK, TILE_M), summed=RANK),  # of each warpgroup's rows
-        tail_s=smem((RANK, TILE_N), summed=RANK),
-        y_s=smem((2, STORE_SLOTS, 64, STORE_N)),
+        tail_s=smem((tails, RANK, TILE_N), summed=RANK),
+        # A second tail takes a store slot's place.
+        y_s=smem((2, STORE_SLOTS - (tails - 1), 64, STORE_N)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         free=plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=stages),
         a_full=plgpu.Barrier(num_arrivals=1, num_barriers=A_SLOTS),
         a_free=plgpu.Barrier(num_arrivals=2, num_barriers=A_SLOTS),
-        tail_full=plgpu.Barrier(num_arrivals=3),
+        tail_full=plgpu.Barrier(num_arrivals=2 + tails),
         tail_free=plgpu.Barrier(num_arrivals=2),
         collective_axes="wg",
     )
@@ -168,7 +180,10 @@ def _kernel(
                 def _():
                     plgpu.barrier_wait(tail_free)
 
-                plgpu.copy_gmem_to_smem(b_g.at[:, pl.ds((ni * CLUSTER + cta) * TILE_N, TILE_N)], tail_s, tail_full)
+                ns = pl.ds((ni * CLUSTER + cta) * TILE_N, TILE_N)
+                for half in range(tails):
+                    mine_g = of_run(b_g, mi * CTA_M + half * TILE_M)
+                    plgpu.copy_gmem_to_smem(mine_g.at[:, ns], tail_s.at[half], tail_full)
                 for half in range(2):
                     if with_h:
                         ms = pl.ds(mi * CTA_M + half * TILE_M, TILE_M)
@@ -196,7 +211,10 @@ def _kernel(
                         def _():
                             plgpu.barrier_wait(a_free.at[slot])
 
-                        plgpu.copy_gmem_to_smem(a_g.at[:, pl.ds(step * K_TILE, K_TILE)], a_s.at[slot], a_full.at[slot])
+                        mine_g = of_run(a_g, mi * CTA_M + cta * (CTA_M // 2))
+                        plgpu.copy_gmem_to_smem(
+                            mine_g.at[:, pl.ds(step * K_TILE, K_TILE)], a_s.at[slot], a_full.at[slot]
+                        )
 
             @pl.loop(first_turns, turns)
             def _(turn):
@@ -236,6 +254,7 @@ def _kernel(
             my_rows = pl.ds(wg * TILE_M, TILE_M)
             half = CTA_M // 4  # rows of `h` for a warpgroup of either CTA
             half_row = cta * (CTA_M // 2) + wg * half
+            my_tail = tail_s.at[wg if tails == 2 else 0]
 
             def multiply(acc, turn, step):
                 slot = lax.rem(turn * steps + step, stages)
@@ -309,7 +328,7 @@ def _kernel(
             def finish(acc, turn):
                 """The last step's slot, and the tail, unless it comes masked with the stores."""
                 if seed_g is None:
-                    plgpu.wgmma(acc, mosaic.transpose(thin_s.at[wg]), tail_s)
+                    plgpu.wgmma(acc, mosaic.transpose(thin_s.at[wg]), my_tail)
                 plgpu.wgmma_wait(0)
                 if seed_g is None:
                     plgpu.barrier_arrive(tail_free)
@@ -319,7 +338,7 @@ def _kernel(
             def low_rank(i, j):
                 def product(acc):
                     left = mosaic.transpose(thin_s.at[wg, :, pl.ds(i, 64)])
-                    plgpu.wgmma(acc, left, tail_s.at[:, pl.ds(j, STORE_N)])
+                    plgpu.wgmma(acc, left, my_tail.at[:, pl.ds(j, STORE_N)])
                     plgpu.wgmma_wait(0)
                     return acc[...]
 

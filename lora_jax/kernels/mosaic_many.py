@@ -1,8 +1,8 @@
 """Hopper: `y = x·W + x·A[i]·B[i]` and its derivative, where each run of rows has an `i`, and factors, of its own.
 
-The kernels of one adapter (`mosaic_down`, `mosaic_gemm`, `mosaic_outer`), whose tiles lie within a run and take that
-one's factors: `W` is multiplied once for all runs, and nothing of the size of `y` or `x` is written beside the results.
-Runs are equally long, in whole tiles.
+The kernels of one adapter, whose tiles lie within a run and take that one's factors: `mosaic_adapted`, or
+`mosaic_down` with `mosaic_gemm`, and `mosaic_outer`. `W` is multiplied once for all runs, and nothing of the size of
+`y` or `x` is written beside the results. Runs are equally long, in whole tiles.
 
 Oracle: `lora_jax/reference.py`. Checked by: `tests/kernels/test_mosaic_many.py`.
 """
@@ -19,6 +19,7 @@ from lora_jax.kernels import mosaic_lora, tuned
 from lora_jax.kernels.gemm_config import SHARED_BYTES, GemmConfig, in_ring, padded_rank
 from lora_jax.kernels.gemm_config import unsupported as gemm_unsupported
 from lora_jax.kernels.linear import Wants
+from lora_jax.kernels.mosaic_adapted import adapted
 from lora_jax.kernels.mosaic_down import down
 from lora_jax.kernels.mosaic_gemm import gemm
 from lora_jax.kernels.mosaic_outer import OuterConfig, outer
@@ -101,6 +102,8 @@ def _product(
     """`x·w + x·down_tᵀ·up`, and the thin product: the forward pass, or with factors swapped that of `dy`."""
     (m, k), (runs, rank, n) = x.shape, up.shape
     sms = sms or mosaic_lora.multiprocessors()
+    if interpret is None and mosaic_lora.in_one_kernel(k, rank):
+        return adapted(x, w, down_t, up, transposed=transposed, sms=sms)
     # K is not cut: its parts would be added by XLA for too few rows, which do not come here.
     thin = down(x, down_t, tuned.down_config(m, k, rank, sms), interpret=interpret)
     tail = up.swapaxes(1, 2) if transposed and in_ring(rank) else up

@@ -93,6 +93,10 @@ def _many(rank: int, dtype: Any) -> Iterator[Kernel]:
             kernel = ((n, k), dtype) if transposed else w
             tail = ((runs, n, rank) if transposed and in_ring(rank) else (runs, rank, n), dtype)
             yield Kernel(f"gemm {words}" + (" transposed" if transposed else ""), run, (x, kernel, thin, tail))
+            if rank == mosaic_adapted.RANK and mosaic.STORES_TRANSPOSED:
+                run, factors = functools.partial(mosaic_adapted.adapted, transposed=transposed), (runs, rank)
+                operands = (x, kernel, ((*factors, k), dtype), ((*factors, n), dtype))
+                yield Kernel(f"adapted {words}" + (" transposed" if transposed else ""), run, operands)
         run = _of_two(outer, config=mosaic_many.outer_config(rank, runs), apart=True)
         yield Kernel(f"outer {words}", run, (x, thin, dy, thin))
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels import mosaic_group, mosaic_lora, tuned, tuning_cache
+from lora_jax.kernels import mosaic_group, mosaic_lora, mosaic_many, tuned, tuning_cache
 from lora_jax.ops import tune
 from lora_jax.ops.families import FAMILIES, kernels
+from tests.kernels.many_problem import ManyProblem
 from tests.kernels.problems import BF16, F16, GroupProblem, Problem, seed_words
 
 THRESHOLD = 13107
@@ -95,6 +96,37 @@ def both_of_group(threshold, x, ws, a_s, b_s, biases, dys, seed):
     ys, h = mosaic_group.forward(x, ws, a_s, b_s, drop, biases=biases)
     dx, das, dbs = mosaic_group.backward(dys, x, ws, a_s, b_s, h, drop)
     return dx, ys, das, dbs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def each_run(transposed, x, w, a, b, dy):
+    y, h = mosaic_many.forward(x, w, a, b, transposed=transposed)
+    dx, da, db = mosaic_many.backward(dy, x, w, a, b, h, transposed=transposed)
+    return {"y": y, "x": dx, "a": da, "b": db}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ManyProblem(4, 256, 1024, 2048, 16),
+        ManyProblem(7, 128, 2112, 1088, 5, transposed=True),
+        ManyProblem(3, 512, 640, 1280, 40, transposed=True),
+        ManyProblem(4, 128, 2048, 1024, 200, dtype=F16),
+    ],
+    ids=str,
+)
+def test_factors_of_each_run(problem):
+    """Within the bound, the same bits twice, and nothing of what lay in the buffers before."""
+    x, w, a, b, dy = (jnp.asarray(v) for v in problem.operands().values())
+    operands = x, w.T if problem.transposed else w, a, b, dy
+    poisoned = each_run(problem.transposed, *(jnp.full_like(v, jnp.nan) for v in operands))
+    assert all(np.isnan(np.asarray(v, np.float32)).any() for v in poisoned.values())
+    del poisoned
+    first, second = (each_run(problem.transposed, *operands) for _ in range(2))
+    for name in first:
+        assert np.array_equal(np.asarray(first[name], np.float32), np.asarray(second[name], np.float32)), name
+    problem.check(first)
 
 
 @pytest.mark.gpu

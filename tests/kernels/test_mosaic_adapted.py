@@ -58,3 +58,26 @@ def test_adapted(m, k, n, transposed, masked, biased, dtype, monkeypatch):
     mistakes += [base + low] if masked else [base + low + 2 * added, base + low]
     for wrong in mistakes:
         assert reference.excess(wrong, want, bound) > 1
+
+
+@pytest.mark.parametrize("runs, run", [(3, 128), (1, 256)])
+def test_of_runs(runs, run, monkeypatch):
+    """Factors of each half of a tile, of which the last lies beyond all rows, and those of a whole one."""
+    m, k, n = runs * run, 320, 320
+    x, w = normal(m, k), normal(k, n, spread=k**-0.5, seed=1)
+    a, b = normal(runs, RANK, k, spread=k**-0.5, seed=2), normal(runs, RANK, n, seed=3)
+    with counted(monkeypatch):
+        y, h = adapted(x, w, a, b, sms=2, interpret=plgpu.InterpretGPUParams())
+    x, w, a, b = (v.astype(np.float64) for v in (x, w, a, b))
+    rows, thin = x.reshape(runs, run, k), np.asarray(h).astype(np.float64)[:, :m]
+
+    def value(shift):
+        low = rows @ np.roll(a, shift, 0).swapaxes(1, 2)
+        return low.reshape(m, RANK), x @ w + (low @ np.roll(b, shift, 0)).reshape(m, n)
+
+    (want_h, want), sizes = value(0), abs(rows) @ abs(a).swapaxes(1, 2)
+    h_bound = reference.tolerance(BF16, k) * sizes.reshape(m, RANK)
+    bound = reference.tolerance(BF16, k + RANK) * (abs(x) @ abs(w) + (sizes @ abs(b)).reshape(m, n))
+    assert reference.excess(thin.T, want_h, h_bound) <= 1 and reference.excess(np.asarray(y), want, bound) <= 1
+    wrong_h, wrong = value(1) if runs > 1 else (want_h / 2, x @ w)
+    assert reference.excess(wrong_h, want_h, h_bound) > 1 and reference.excess(wrong, want, bound) > 1
