@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels_plot, kernels_table
+from benchmarks import kernels_plot, kernels_table, many_adapters_table
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.pinned
@@ -16,6 +16,13 @@ def test_tables():
     page = (ROOT / "docs/kernels.md").read_text()
     shown = page.split(kernels_table.BEGIN)[1].split(kernels_table.END)[0]
     assert shown == kernels_table.tables(), "python benchmarks/kernels_table.py --write docs/kernels.md"
+
+
+def test_table_of_many_adapters():
+    page = (ROOT / "docs/many-adapters.md").read_text()
+    shown = page.split(many_adapters_table.BEGIN)[1].split(many_adapters_table.END)[0]
+    command = "python benchmarks/many_adapters_table.py --write docs/many-adapters.md"
+    assert shown == many_adapters_table.table(many_adapters_table.read()), command
 
 
 def test_picture():
