@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python benchmarks/many_adapters_table.py --write docs/many-adapters.md
 
-Reads `benchmarks/results/many_adapters.jsonl`, of which the lines of the last commit count. Without `--write`, prints it.
+Reads `benchmarks/results/many_adapters.jsonl`, of which the lines of the last commit count.
+Without `--write`, prints it.
 """
 
 from __future__ import annotations
