@@ -58,9 +58,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-# Of these folders, where programs are small and most run once: making them fast took a third of the time and more. Not
-# of the pages, which run as their readers run them.
-SMALL = ("cli", "core", "examples", "front_ends", "inits", "interop", "kernels", "third_party")
+# Of these folders, where programs are small and most run once: making them fast took a third of the time and more.
+SMALL = ("cli", "core", "docs", "examples", "front_ends", "inits", "interop", "kernels", "third_party")
 
 
 # Of a module, so that it holds while fixtures of modules are made.

@@ -80,7 +80,7 @@ def _grouped(rank: int, dtype: Any) -> Iterator[Kernel]:
 
 def _many(rank: int, dtype: Any) -> Iterator[Kernel]:
     """Of `mosaic_many`, what is no kernel of a single adapter's: factors of each run."""
-    for m, k, n, runs in MANY:
+    for m, k, n, runs in MANY if rank == mosaic_adapted.RANK else MANY[:1]:
         x, dy, w, words = ((m, k), dtype), ((m, n), dtype), ((k, n), dtype), f"R={rank} of runs of {m // runs}"
         if mosaic_many.unsupported(m, k, n, rank, runs, dtype):
             continue
