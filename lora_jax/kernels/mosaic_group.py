@@ -52,6 +52,21 @@ def unsupported(m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dtype: 
     return None
 
 
+def slower(m: int, k: int, ns: Sequence[int], ranks: Sequence[int], dropped: bool) -> str | None:
+    """Why they are faster one by one, or None: where these move fewer bytes, since the products are the same.
+
+    Alone, a product computes its thin one for nothing, and `x` and its gradient pass by once for each; together, a pass
+    over each `dy` is added. With dropout, both draw the mask, the former again for each product.
+    """
+    count, wide = len(ns), sum(ns)
+    if dropped or not all(mosaic_lora.in_one_kernel(each, padded_rank(rank)) for each in (k, *ns) for rank in ranks):
+        return None
+    in_turn, together = 2 * m * k * (3 * count + 1), 2 * m * (2 * k + wide)
+    if together <= in_turn:
+        return None
+    return f"{together / 1e6:.0f} MB would be moved together, for K={k} and N {wide} in all, and {in_turn / 1e6:.0f} so"
+
+
 def forward(
     x: jax.Array,
     ws: Arrays,

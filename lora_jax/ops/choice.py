@@ -120,18 +120,21 @@ def choose_group(
     elif first.implementation == "xla":
         how = Sharing.BY_XLA
     else:
-        why = _why_in_turn(first.implementation, [choice.matrices for choice in choices], x)
+        why = _why_in_turn(first.implementation, [choice.matrices for choice in choices], x, dropped)
         how = Sharing.IN_TURN if why else Sharing.TOGETHER
     text = how.value.format(count=len(ws), why=why)
     return how, [record(replace(choice, group=text)) for choice in choices]
 
 
-def _why_in_turn(name: str, products: Sequence[Matrices | None], x: Any) -> str:
+def _why_in_turn(name: str, products: Sequence[Matrices | None], x: Any, dropped: bool) -> str:
     module = group_kernels(name)
     if module is None:
         return f"{name} has no kernels for several"
     (m, k, _, _), *_ = sizes = [product.mknr for product in products if product is not None]
-    return module.unsupported(m, k, [n for _, _, n, _ in sizes], [r for *_, r in sizes], x.dtype) or ""
+    ns, ranks = [n for _, _, n, _ in sizes], [rank for *_, rank in sizes]
+    if why := module.unsupported(m, k, ns, ranks, x.dtype):
+        return why
+    return hasattr(module, "slower") and module.slower(m, k, ns, ranks, dropped) or ""
 
 
 def _chosen(

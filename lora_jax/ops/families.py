@@ -19,6 +19,7 @@ A family is a module with these functions, on matrices of one dtype, with the sc
 A family may have a second module for several products that share `x` and its mask, of weights (K, N):
 
     unsupported(m, k, ns, ranks, dtype) -> why it can't take together what it can compute one by one, or None
+    slower(m, k, ns, ranks, dropped) -> why they are faster one by one, or None (optional)
     h_layout(ranks) -> (whether the `h` of all is (R', M') and not (M', R'), the R' of each, one after the other)
     forward(x, ws, a_s, b_s, drop, biases=) -> (ys, h)
     backward(dys, x, ws, a_s, b_s, h, drop, wants=) -> (dx, das, dbs); `wants` is for any of them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from lora_jax import reference
+from lora_jax.kernels import mosaic
 from lora_jax.ops import explain_group, lora_dot, lora_dot_group, recording
 from tests.core.harness import cast, normal
 from tests.kernels import reference_kernels
@@ -218,6 +220,24 @@ def test_vmap_takes_xla():
         v = np.asarray(v, np.float64)
         assert reference.excess(g, v, reference.tolerance(g.dtype, 200) * np.abs(v).max()) <= 1
         assert reference.excess(v / 2, v, reference.tolerance(g.dtype, 200) * np.abs(v).max()) > 1
+
+
+@pytest.mark.parametrize(
+    "ns, rank, rate, shared",
+    [
+        ((14336, 14336), 16, 0.0, "604 MB would be moved together"),
+        ((4096, 1024, 1024), 16, 0.0, "at most one pass"),
+        ((14336, 14336), 16, 0.1, "at most one pass"),  # the mask would be drawn for each
+        ((14336, 14336), 32, 0.0, "at most one pass"),  # and each has a thin product of its own
+    ],
+)
+def test_hopper_groups_go_where_fewer_bytes_are_moved(ns, rank, rate, shared, monkeypatch):
+    monkeypatch.setattr(mosaic, "STORES_TRANSPOSED", True)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=BF16)
+    operands = [shape((4096, n)) for n in ns], [shape((4096, rank))] * len(ns), [shape((rank, n)) for n in ns]
+    with reference_kernels.pretending("NVIDIA H200", multiprocessors=132):
+        for choice in explain_group(shape((8192, 4096)), *operands, dropout_rate=rate):
+            assert choice.implementation == "mosaic_gpu" and shared in choice.group
 
 
 @pytest.mark.parametrize(
