@@ -71,6 +71,8 @@ def ratios(rows: list[Row], *, others: bool) -> str:
             if row:
                 columns[name].append(row["ratio"])
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_spread"]) if row else "")
+        if others:
+            cells.insert(1, base[1]["gpu"].split()[1] if base[1] else "")
         lines.append(cells)
     if not others and len(shapes) > 1:
         means = [
@@ -78,7 +80,8 @@ def ratios(rows: list[Row], *, others: bool) -> str:
             for column in columns.values()
         ]
         lines.append(["geometric mean", "", *means])
-    return aligned(["M, K, N, R", "XLA frozen, µs, forward / f + b", *COLUMNS], lines) if lines else ""
+    gpu = ["GPU"] if others else []
+    return aligned(["M, K, N, R", *gpu, "XLA frozen, µs, forward / f + b", *COLUMNS], lines) if lines else ""
 
 
 def alone(rows: list[Row]) -> str:

@@ -105,14 +105,14 @@ def faster(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device
 
 
 def _nearest(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> Race:
-    """On a device that nobody measured, those of all others count, since a family is for one kind of chip."""
+    """Of equally near ones that of the very device: a family is for one kind of chip, so that sizes count for more."""
     assert family == "mosaic_gpu", family
-    races = [race for race in RACES if race.device == device] or RACES
 
-    def doublings(race: Race) -> tuple[bool, float]:
-        return race.dropped != dropped, distance(_whole(race.m, race.k, race.n, race.r), _whole(m, k, n, rank))
+    def doublings(race: Race) -> tuple[bool, float, bool]:
+        away = distance(_whole(race.m, race.k, race.n, race.r), _whole(m, k, n, rank))
+        return race.dropped != dropped, away, race.device != device
 
-    return min(races, key=doublings)
+    return min(RACES, key=doublings)
 
 
 def _told(race: Race) -> str:

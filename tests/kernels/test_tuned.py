@@ -77,10 +77,13 @@ def test_the_nearest_measurement_decides():
         struct = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8192, 4096), (4096, 4096), (4096, 128), (128, 4096))]
         won = explain(*struct).reasons["xla"]  # of another rank than any that was measured
         assert won == tuned.faster("mosaic_gpu", 8192, 4096, 4096, 128, False, H100)
-        assert "XLA took 1.40 and the kernels 1.16 times" in won and "R=16 on" in won
+        assert "XLA took 1.20 and the kernels 1.12 times" in won and "R=64 on NVIDIA H200" in won
         assert "was asked for" in explain(*struct, implementation="mosaic_gpu").reasons["xla"]
     told = slower(200, 4096, 4096)
     assert "XLA took 1.52 and the kernels 2.47 times" in told and f"M=256, K=4096, N=4096, R=16 on {H100}" in told
+    # The nearest sizes count for more than the very device, which decides between equal ones.
+    assert f"M=512, K=4096, N=14336, R=16 on {H100}" in slower(512, 4096, 14336, device="NVIDIA H200")
+    assert "R=16 on NVIDIA H200" in slower(256, 4096, 4096, device="NVIDIA H200")
 
 
 def test_candidates_begin_with_the_general_tiles_and_are_supported():
