@@ -24,7 +24,7 @@ from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_configs import GemmConfig, HopperConfig, PassConfig
 from lora_jax.kernels.triton_plans import Matrix
 
-from .triton_run import has_hopper_kernel, interpreting, lies, ready, seen, sms
+from .triton_run import Ready, has_hopper_kernel, interpreting, lies, ready, seen, sms
 
 if TYPE_CHECKING:
     import torch
@@ -169,34 +169,55 @@ def product(
     bias: torch.Tensor | None = None,
     drop: Drop | None = None,
     *,
+    transposed: bool = False,
     config: HopperConfig | None = None,
 ) -> torch.Tensor:
     """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can, else by `by_library`.
 
-    `triton_gemm`, which `forward` launches, loses more against a library's product than it saves, on Hopper at least.
+    `transposed`: `w` is (N, K) and `b` is (N, R), as PyTorch stores them. `triton_gemm`, which `forward` launches,
+    loses more against a library's product than it saves, on Hopper at least.
 
     Raises: as `down`.
     """
-    operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
-
-    def plan() -> plans.Launch | None:
-        check(operands, [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)])
-        y = Matrix.row_major(x.shape[0], w.shape[1], x.element_size(), tma=True)
-        lying = [*map(seen, (x, w, h, b)), y]
-        if drop or not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
-            return None
-        count = sms(x.device.index)
-        launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
-        # A library splits the depth of few tiles among multiprocessors that would have none.
-        return launch if config or launch.programs >= count // 2 else None
-
-    launch = ready(("product", *map(lies, operands.values()), drop is None, config), plan)
+    launch = None if drop else hopper(x, w, h, b, bias, transposed, config)
     if launch is None:
-        return by_library(x, w, h, b, bias, drop)
-    if launch.plan.numbers["W_T"]:
+        return by_library(x, w.T, h, b.T, bias, drop) if transposed else by_library(x, w, h, b, bias, drop)
+    if launch.plan.numbers["W_T"] != transposed:
         w, b = w.T, b.T
     y = x.new_empty(x.shape[0], b.shape[0 if launch.plan.numbers["W_T"] else 1])
     return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias})
+
+
+def hopper(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    config: HopperConfig | None = None,
+) -> Ready | None:
+    """The launch of `triton_hopper_gemm` for the operands of `product`, or None where the library is the better way.
+
+    That is: on other GPUs, in float32, where rows do not begin at multiples of 16 bytes, and for fewer tiles than half
+    the multiprocessors, whose depth a library splits among those that would have none.
+    """
+
+    def plan() -> plans.Launch | None:
+        right, tail = (w.T, b.T) if transposed else (w, b)
+        check(
+            _operands(x=x, w=right, h=h, b=tail, bias=bias),
+            [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)],
+        )
+        y = Matrix.row_major(x.shape[0], right.shape[1], x.element_size(), tma=True)
+        lying = [*map(seen, (x, right, h, tail)), y]
+        if not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
+            return None
+        count = sms(x.device.index)
+        launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
+        return launch if config or launch.programs >= count // 2 else None
+
+    return ready(("product", lies(x), lies(w), lies(h), lies(b), lies(bias), transposed, config), plan)
 
 
 def by_library(
@@ -209,9 +230,13 @@ def by_library(
 ) -> torch.Tensor:
     """What `forward` computes, with torch's product: the adapter's part first, and the product added into it.
 
-    That part is rounded before: one rounding more than `forward` has.
+    That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
     """
-    return up(h, b, bias, drop).addmm_(x, w)
+    if drop:
+        part = up(h, b, bias, drop)
+    else:
+        part = h.mm(b) if bias is None else bias.addmm(h, b)
+    return part.addmm_(x, w)
 
 
 def input_gradient(

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from torch import nn  # noqa: E402
+from triton import knobs  # noqa: E402
 
 from lora_jax.kernels.triton_configs import HopperConfig  # noqa: E402
 from lora_torch import triton_launch as launch  # noqa: E402
@@ -67,6 +68,8 @@ def test_the_product_for_hopper(dtype, m, k, n, r, with_bias):
     for w, b in ((v["w"], v["b"]), (v["w"].contiguous(), v["b"].contiguous())):
         got = launch.product(v["x"], w, v["h"], b, bias, config=HopperConfig())
         triton_problem.assert_close(got.cpu(), product, cpu, k + r, lambda v: product(v) - v["h"] @ v["b"])
+        stored = launch.product(v["x"], w.T, v["h"], b.T, bias, transposed=True, config=HopperConfig())
+        assert torch.equal(stored, got)
     assert relative(got, launch.by_library(v["x"], v["w"], v["h"], v["b"], bias)) < 0.02
 
 
@@ -171,6 +174,27 @@ def test_nothing_waits_for_the_gpu():
     torch.cuda.synchronize()
     for name, value in zip(want, (y, *grads), strict=True):
         assert torch.equal(value, want[name]), name
+
+
+def test_profilers_see_every_kernel():
+    """Later launches pass by Triton's front end, but not by the hooks that there may be."""
+    made = layer(256, 128, dropout=0.1, dropout_position="pre")
+    x, dy = tensors(100, 256, n=128, dtype=torch.bfloat16, device="cuda")
+    run(made, x, dy)
+    launches = []
+
+    def record(metadata):
+        launches.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(record)
+    try:
+        run(made, x, dy)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(record)
+    assert {"down_kernel", "outer_kernel", "up_kernel"} <= set(launches)
+    seen = len(launches)
+    run(made, x, dy)
+    assert len(launches) == seen
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
