@@ -277,8 +277,6 @@ def _gemm(
     launch = ready(("gemm", *map(lies, operands.values()), threshold, config), plan)
     if not len(x):
         return y
-    # A descriptor of a weight that lies the other way round is one of its transpose.
-    w = w.T if launch.plan.blocks and launch.plan.numbers["W_T"] else w
     seeds = drop.words if drop else None
     return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": seeds})
 
