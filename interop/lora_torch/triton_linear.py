@@ -187,19 +187,22 @@ def forward_rows(x, w, bias, a, b, scale: float, rate: float, words, post: bool)
 def backward_rows(
     dy, x, w, a, b, scale: float, rate: float, post: bool, words, h, wants: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of `x`, `a` and `b`, each if it is wanted."""
+    """The gradients of `x`, `a` and `b`, each if it is wanted.
+
+    What reads `dy` comes together, the product of full size last: of small layers the L2 cache still holds it then.
+    """
     before, after = (None, words) if post else (words, None)
     dx = da = db = None
-    if wants[0] or wants[1]:
-        g = _down(dy, b, scale, rate, after)
-        if wants[0]:
-            dx = ops.product(dy, w, g, a, None, rate, before)
-        if wants[1]:
-            da = g.T.mm(x) if before is None else ops.outer(g, x, rate, before, dtype=a.dtype)
     if wants[2]:
         if h is None:
             h = _down(x, a.T, scale, rate, before)
         db = dy.T.mm(h) if after is None else ops.outer(h, dy, rate, after, dtype=b.dtype, transposed=True)
+    if wants[0] or wants[1]:
+        g = _down(dy, b, scale, rate, after)
+        if wants[1]:
+            da = g.T.mm(x) if before is None else ops.outer(g, x, rate, before, dtype=a.dtype)
+        if wants[0]:
+            dx = ops.product(dy, w, g, a, None, rate, before)
     return dx, da, db
 
 
