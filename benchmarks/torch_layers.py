@@ -15,7 +15,8 @@ from lora_torch.lora import patch_linear_module
 
 ALPHA_PER_RANK = 2.0
 NEMO = "NeMo Automodel"
-TORCH_TAIL = "TritonLinearLoRA, tail by torch"  # else as "x @ A kept"
+# As "x @ A kept", but with the one or the other way of `triton_launch.product`, where that decides by who waits.
+TORCH_TAIL, KERNEL_TAIL = "TritonLinearLoRA, tail by torch", "TritonLinearLoRA, tail by kernel"
 
 
 class Eager(nn.Module):
@@ -87,12 +88,20 @@ def ours(linear: nn.Linear, rank: int, rate: float, **options: Any) -> nn.Module
 
 @contextlib.contextmanager
 def torch_tail() -> Iterator[None]:
-    """`triton_launch.product` by torch's products alone, in both passes."""
     ours, triton_launch.hopper = triton_launch.hopper, lambda *_: None
     try:
         yield
     finally:
         triton_launch.hopper = ours
+
+
+@contextlib.contextmanager
+def kernel_tail() -> Iterator[None]:
+    ours, triton_launch.SHORT = triton_launch.SHORT, -1
+    try:
+        yield
+    finally:
+        triton_launch.SHORT = ours
 
 
 MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
@@ -105,7 +114,8 @@ MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
     "TritonLinearLoRA": ours,
     "TritonLinearLoRA, x @ A kept": lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
     TORCH_TAIL: lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
+    KERNEL_TAIL: lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
 }
-SETTINGS = {TORCH_TAIL: torch_tail}
+SETTINGS = {TORCH_TAIL: torch_tail, KERNEL_TAIL: kernel_tail}
 OTHERS = ("peft", NEMO)  # left out with a word where they fail
-WITHOUT_DROPOUT = ("addmm function", TORCH_TAIL)  # one would need a stored mask, the other would be as "x @ A kept"
+WITHOUT_DROPOUT = ("addmm function", *SETTINGS)  # it would need a stored mask; dropout in a product is nobody's choice

@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ import triton
 from torch import nn
 
 from benchmarks.torch_layers import ALPHA_PER_RANK, MAKERS, NEMO, OTHERS, SETTINGS, WITHOUT_DROPOUT, nemo_kernels
+from lora_torch import triton_launch
 
 SHAPES = [
     (8192, 4096, 4096, 16),
@@ -191,6 +193,8 @@ def rows_of(shape: tuple[int, ...], names: list[str], rounds: int, seconds: floa
         frozen, candidates = Candidate("frozen", shape, 0.0), []
         for row in names:
             if row in wrong or rate and row in WITHOUT_DROPOUT:
+                continue
+            if row in SETTINGS and math.prod(shape[:3]) > triton_launch.SHORT:
                 continue
             try:
                 candidate = Candidate(row, shape, rate)
