@@ -161,7 +161,8 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         # The refusal of second derivatives takes microseconds, which are for those who may ask for them.
-        return (_once if torch.is_grad_enabled() else _gradients)(ctx, grad_outputs[0])
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_once if twice else _gradients)(ctx, grad_outputs[0])
 
 
 def _gradients(ctx: Any, dy: torch.Tensor):
