@@ -186,7 +186,7 @@ def product(
 
     Raises: as `down`.
     """
-    kind = x.shape, w.shape, x.dtype, transposed
+    kind = x.shape, w.shape, x.dtype, x.get_device(), transposed
     short = config is None and x.numel() * w.shape[0 if transposed else 1] <= SHORT and not _captured(x)
     if drop is None and not (short and kind in _loaded):
         launch = hopper(x, w, h, b, bias, transposed, config)

@@ -139,16 +139,15 @@ def _descriptors(like: Any, block: tuple[int, int], gluon: bool) -> Callable[[An
 
         kind = hopper.TensorDescriptor
         arguments.append(NVMMASharedLayout.get_default_for(list(block), tl.float16))  # any of 16 bits
-    same = vars(kind(*arguments))
-    same.pop("base")
+    template = vars(kind(*arguments))
+    rest = {name: value for name, value in template.items() if name != "base"}
 
-    class Lying(kind):
-        def __init__(self, base: Any):
-            self.base = base
+    def describe(tensor: Any) -> Any:
+        made = kind.__new__(kind)
+        made.__dict__.update(rest, base=tensor)
+        return made
 
-    for name, value in same.items():
-        setattr(Lying, name, value)
-    return Lying
+    return describe
 
 
 @functools.cache
