@@ -2,8 +2,10 @@
 
     PYTHONPATH=.:interop python3 benchmarks/torch_lora.py [--quick] [--out FILE] [--shape M,K,N,R]
 
-Needs torch and triton; real `peft` takes part where it is installed, NeMo Automodel too. Every candidate is first
-compared with the float64 result: y, dx, dA and dB. One JSON line a figure; a table comes last.
+Needs torch and triton; real `peft` takes part where it is installed, NeMo Automodel's `TritonLinearLoRA` too
+(`nemo-automodel` 0.7.0, of whose requirements this part imports torch, triton and transformers). Every candidate is
+first compared with the float64 result: y, dx, dA and dB. One JSON line a figure; a table comes last, and
+`torch_table.py` writes that of the docs.
 
 Times are CUDA events around bursts of calls on inputs that take turns. What Python needs to launch counts where the GPU
 has to wait for it (`host_us` is that time alone); "captured" passes are replays of a CUDA graph, where it does not. The
@@ -14,9 +16,13 @@ pause than in the middle of a run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -28,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import nn
 
-from lora_torch.lora import patch_linear_module
+from benchmarks.torch_layers import ALPHA_PER_RANK, MAKERS, NEMO, OTHERS, SETTINGS, WITHOUT_DROPOUT, nemo_kernels
+from lora_torch import triton_launch
 
 SHAPES = [
     (8192, 4096, 4096, 16),
@@ -41,87 +47,12 @@ SHAPES = [
     (16384, 8192, 8192, 64),
     (2048, 2048, 8192, 16),
 ]
-ALPHA_PER_RANK = 2.0
 SETS = 3  # of inputs and weights that take turns, so that none is found in the L2 cache
 # Norm of the error over norm of the result: bfloat16 rounds by up to 2**-9, and eager code does so three times.
 ALLOWED = 2.0**-7
+NEMO_PARTS = 7  # its candidate tiles are compiled by so many processes
 CAPTURED = ", captured"
 KINDS = ("forward", "forward + backward", "forward" + CAPTURED, "forward + backward" + CAPTURED)
-
-Layer = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Eager(nn.Module):
-    """What PEFT computes: two thin products, a scale, an addition, each a kernel of its own."""
-
-    def __init__(self, linear: nn.Linear, rank: int, rate: float):
-        super().__init__()
-        self.base, self.rate = linear, rate
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="cuda", dtype=linear.weight.dtype)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="cuda", dtype=linear.weight.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.lora_B(self.lora_A(F.dropout(x, self.rate))) * ALPHA_PER_RANK
-
-
-class Addmm(torch.autograd.Function):
-    """The library's products alone, those of full size added into their output."""
-
-    @staticmethod
-    def forward(ctx, x, w, a, b):
-        h = F.linear(x, a) * ALPHA_PER_RANK
-        ctx.save_for_backward(x, w, a, b, h)
-        return F.linear(x, w).addmm_(h, b.T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, a, b, h = ctx.saved_tensors
-        g = (dy @ b) * ALPHA_PER_RANK
-        return (dy @ w).addmm_(g, a), None, g.T @ x, dy.T @ h
-
-
-class Plain(nn.Module):
-    """The layer of an autograd function of `x, w, a, b`."""
-
-    def __init__(self, function: Any, linear: nn.Linear, rank: int):
-        super().__init__()
-        self.function, self.base = function, linear
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device="cuda", dtype=linear.weight.dtype)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device="cuda", dtype=linear.weight.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function.apply(x, self.base.weight, self.lora_A.weight, self.lora_B.weight)
-
-
-def by_peft(linear: nn.Linear, rank: int, rate: float) -> nn.Module:
-    import peft
-
-    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, lora_dropout=rate, target_modules=["0"])  # pyright: ignore
-    return peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)  # pyright: ignore
-
-
-def by_nemo(linear: nn.Linear, rank: int, rate: float) -> nn.Module:
-    from nemo_automodel.components._peft import lora  # pyright: ignore
-
-    alpha = ALPHA_PER_RANK * rank
-    return lora.patch_linear_module(linear, rank, alpha, dropout=rate, dropout_position="pre", use_triton=True)
-
-
-def ours(linear: nn.Linear, rank: int, rate: float, **options: Any) -> nn.Module:
-    return patch_linear_module(linear, rank, ALPHA_PER_RANK * rank, rate, "pre", **options)
-
-
-MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
-    "peft": by_peft,
-    "eager formula": Eager,
-    "torch.compile": lambda linear, r, rate: torch.compile(Eager(linear, r, rate)),  # pyright: ignore
-    "addmm function": lambda linear, r, rate: Plain(Addmm, linear, r),
-    "NeMo Automodel": by_nemo,
-    "LinearLoRA": lambda linear, r, rate: ours(linear, r, rate, use_triton=False),
-    "TritonLinearLoRA": ours,
-    "TritonLinearLoRA, x @ A kept": lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
-}
-WITHOUT_DROPOUT = ("addmm function",)  # it would need a stored mask
 
 
 class Candidate:
@@ -130,6 +61,7 @@ class Candidate:
     def __init__(self, row: str, shape: tuple[int, ...], rate: float, sets: int = SETS):
         m, k, n, r = shape
         self.row, self.calls = row, []
+        self.setting = SETTINGS.get(row, contextlib.nullcontext)
         for seed in range(sets):
             generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -152,18 +84,20 @@ class Candidate:
 
     def forward(self) -> None:
         layer, x, *_ = next(self.turn)
-        with torch.no_grad():
+        with torch.no_grad(), self.setting():
             layer(x)
 
     def both(self) -> None:
         layer, x, dy, wanted, _ = next(self.turn)
-        torch.autograd.grad(layer(x), wanted, dy)
+        with self.setting():
+            torch.autograd.grad(layer(x), wanted, dy)
 
     def error(self) -> tuple[float, float]:
         """The worst relative error of y, dx, dA and dB, and the least one that a layer without its adapter has."""
         layer, x, dy, wanted, weight = self.calls[0]
-        y = layer(x)
-        found = [y, *torch.autograd.grad(y, wanted, dy)]
+        with self.setting():
+            y = layer(x)
+            found = [y.detach(), *torch.autograd.grad(y, wanted, dy)]
         a, b = wanted[1].detach().double(), wanted[2].detach().double()
         x, w, dy = x.detach().double(), weight.double(), dy.double()
         h, g = ALPHA_PER_RANK * x @ a.T, ALPHA_PER_RANK * dy @ b
@@ -213,19 +147,23 @@ def host(call: Callable[[], None], count: int = 20) -> float:
 
 def measure(frozen: Candidate, candidates: list[Candidate], kind: str, rounds: int, seconds: float):
     """A row for the frozen linear and for each candidate."""
-    everyone = [frozen, *candidates]
     graphs = kind.endswith(CAPTURED)
     per_call = SETS if graphs else 1
-    calls = {each.row: each.both if "backward" in kind else each.forward for each in everyone}
-    counts = {}
-    for row, call in calls.items():
-        for _ in range(SETS):
-            call()
-        if graphs:
-            calls[row] = captured(call)
-        counts[row] = max(3, round(seconds * 1e6 / burst(calls[row], 5)))
+    calls, counts = {}, {}
+    for each in (frozen, *candidates):
+        call = each.both if "backward" in kind else each.forward
+        try:
+            for _ in range(SETS):
+                call()
+            call = captured(call) if graphs else call
+        except Exception as error:
+            if each.row not in OTHERS:
+                raise
+            print(f"{each.row}, {kind}: left out, {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+            continue
+        calls[each.row], counts[each.row] = call, max(3, round(seconds * 1e6 / burst(call, 5)))
     times: dict[str, list[float]] = {row: [] for row in calls}
-    ratios: dict[str, list[float]] = {each.row: [] for each in candidates}
+    ratios: dict[str, list[float]] = {row: [] for row in calls if row != "frozen"}
 
     def timed(row: str) -> float:
         times[row].append(burst(calls[row], counts[row]) / per_call)
@@ -249,32 +187,46 @@ def measure(frozen: Candidate, candidates: list[Candidate], kind: str, rounds: i
         } | ({} if graphs else {"host_us": round(host(call), 1)})
 
 
-def rows_of(shape: tuple[int, ...], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+def rows_of(shape: tuple[int, ...], names: list[str], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+    wrong: set[str] = set()
     for rate in (0.0, 0.1):
         frozen, candidates = Candidate("frozen", shape, 0.0), []
-        for row in MAKERS:
-            if rate and row in WITHOUT_DROPOUT:
+        for row in names:
+            if row in wrong or rate and row in WITHOUT_DROPOUT:
+                continue
+            if row in SETTINGS and math.prod(shape[:3]) > triton_launch.SHORT:
                 continue
             try:
                 candidate = Candidate(row, shape, rate)
-            except ModuleNotFoundError as error:
-                print(f"{row}: left out, {error}", file=sys.stderr)
+                error, without = (0.0, 1.0) if rate else candidate.error()
+            except Exception as error:
+                if row not in OTHERS:
+                    raise
+                print(f"{row}: left out, {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+                wrong.add(row)
                 continue
             if not rate:
-                error, without = candidate.error()
-                if not error <= ALLOWED < without:
-                    raise SystemExit(f"{row} {shape} is wrong: error {error:.1e}, without the adapter {without:.1e}")
                 yield {"row": row, "pass": "check", "rate": rate, "error": error, "error_without_adapter": without}
+            if not error <= ALLOWED < without:
+                told = f"{row} {shape} is wrong: error {error:.1e}, without the adapter {without:.1e}"
+                if row not in OTHERS:
+                    raise SystemExit(told)
+                print(f"left out: {told}", file=sys.stderr)
+                wrong.add(row)
+                continue
             candidates.append(candidate)
         for kind in KINDS:
             for row in measure(frozen, candidates, kind, rounds, seconds):
                 yield {"pass": kind, "rate": rate} | row
 
 
-def compiled(task: tuple[str, tuple[int, ...], float]) -> str | None:
+def compiled(task: tuple[str, tuple[int, ...], float, int]) -> str | None:
     """Runs a candidate once in a process of its own: what was compiled is then found in the caches on disk."""
-    row, shape, rate = task
+    row, shape, rate, part = task
     try:
+        if row == NEMO:
+            for kernel in nemo_kernels():
+                kernel.configs = kernel.configs[part::NEMO_PARTS]
         candidate = Candidate(row, shape, rate, sets=1)
         candidate.forward()
         candidate.both()
@@ -284,9 +236,12 @@ def compiled(task: tuple[str, tuple[int, ...], float]) -> str | None:
         return f"{row} {shape} dropout {rate}: {type(error).__name__}: {str(error)[:300]}"
 
 
-def compile_all(shapes: list[tuple[int, ...]], workers: int) -> None:
-    rows = ["TritonLinearLoRA", "torch.compile"]
-    tasks = [(row, shape, rate) for shape in shapes for row in rows for rate in (0.0, 0.1)]
+def compile_all(shapes: list[tuple[int, ...]], names: list[str], workers: int) -> None:
+    rows = [row for row in ("TritonLinearLoRA", "torch.compile") if row in names]
+    tasks = [(row, shape, rate, 0) for shape in shapes for row in rows for rate in (0.0, 0.1)]
+    if NEMO in names and importlib.util.find_spec("nemo_automodel"):
+        one_of_each_rank = {shape[3]: shape for shape in shapes}.values()
+        tasks = [(NEMO, s, 0.0, part) for s in one_of_each_rank for part in range(NEMO_PARTS)] + tasks
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for failure in filter(None, pool.map(compiled, tasks)):
             print(f"cannot run {failure}", file=sys.stderr, flush=True)
@@ -300,10 +255,18 @@ def about(commit: str | None) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        **{name: version(name) for name in ("peft", "nemo_automodel") if importlib.util.find_spec(name)},
         "python": sys.version.split()[0],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit or git.stdout.strip() or "unknown",
     }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        return "unknown"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -324,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first and the last shape, three rounds")
     parser.add_argument("--shape", action="append", help="M,K,N,R instead of the five shapes; may be repeated")
+    parser.add_argument("--without", nargs="+", default=[], choices=list(MAKERS), help="rows to leave out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.04, help="of one burst")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
@@ -334,15 +298,16 @@ def main() -> None:
     shapes = [tuple(map(int, text.split(","))) for text in options.shape or []] or SHAPES
     if options.quick:
         shapes, options.rounds = [shapes[0], shapes[-1]], 3
+    names = [row for row in MAKERS if row not in options.without]
     common, rows, start = about(options.commit), [], time.perf_counter()
-    compile_all(shapes, options.workers)
+    compile_all(shapes, names, options.workers)
     print(f"compiled after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     for shape in shapes:
         if time.perf_counter() - start > options.stop_after:
             print(f"no time left for {shape}", file=sys.stderr)
             break
         torch._dynamo.reset()
-        for row in rows_of(shape, options.rounds, options.seconds):
+        for row in rows_of(shape, names, options.rounds, options.seconds):
             rows.append({"shape": ",".join(map(str, shape))} | row)
             line = json.dumps(common | rows[-1])
             if options.out is None:

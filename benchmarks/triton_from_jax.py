@@ -49,7 +49,7 @@ def chains(
         out = jax.ShapeDtypeStruct((plan.numbers["C"], r), "float32")
         return triton_lora._run(plan, out, t_ptr=g, v_ptr=x, seed_ptr=seed)
 
-    for config in (None, *(each for each in triton_configs.GEMM_POINTERS if ring_bytes(each) < shared)):
+    for config in (None, *(each for each in triton_configs.GEMM if ring_bytes(each) < shared)):
         more = {"shared": shared, "config": config}
         plan = plans.gemm(x_lies, w_lies, thin, b_lies, dy_lies, 0, sms, **more)
         add("gemm", plan, xs, (w, h, b), gemm)

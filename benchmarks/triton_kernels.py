@@ -212,14 +212,17 @@ def bench(function, ms: int = 40) -> float:
 
 
 class Ours(torch.autograd.Function):
-    """`y = x @ w.T + s * drop(x) @ a.T @ b.T`, weights as PyTorch stores them, `w` frozen."""
+    """`y = x @ w.T + s * drop(x) @ a.T @ b.T`, weights as PyTorch stores them, `w` frozen.
+
+    The products of full size as layers have them, which leave `triton_gemm` to JAX.
+    """
 
     @staticmethod
     def forward(ctx, x, w, a, b, s, drop, best):
         h = launch.down(x, a.T, s, drop, config=best.get("h"))
         ctx.save_for_backward(x, w, a, b, h)
         ctx.rest = s, drop, best
-        return launch.forward(x, w.T, h, b.T, config=best.get("forward"))
+        return launch.product(x, w, h, b, transposed=True)
 
     @staticmethod
     def backward(ctx, dy):
@@ -227,7 +230,7 @@ class Ours(torch.autograd.Function):
         s, drop, best = ctx.rest
         g = launch.down(dy, b, s, config=best.get("g"))
         db = launch.outer(h, dy, config=best.get("db")).T
-        dx = launch.input_gradient(dy, w.T, g, a.T, drop, config=best.get("dx"))
+        dx = launch.product(dy, w, g, a, None, drop)
         da = launch.outer(g, x, drop, config=best.get("da"))
         return dx, None, da.to(a.dtype), db.to(b.dtype), None, None, None
 

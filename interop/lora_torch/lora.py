@@ -9,8 +9,6 @@ Needs torch, and triton only where `use_triton` asks for it; never jax.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from .lora_autograd import apply_memory_efficient_lora as apply_memory_efficient_lora
 from .lora_config import PeftConfig as PeftConfig
 from .lora_modules import LinearLoRA as LinearLoRA
@@ -19,15 +17,4 @@ from .lora_patch import apply_lora_to_linear_modules as apply_lora_to_linear_mod
 from .lora_patch import patch_linear_module as patch_linear_module
 from .matching import ModuleMatcher as ModuleMatcher
 from .matching import wildcard_match as wildcard_match
-
-if TYPE_CHECKING:
-    from .triton_linear import LoRATritonFunction as LoRATritonFunction
-
-
-def __getattr__(name: str) -> Any:
-    """Loads the launcher of the kernels when it is used."""
-    if name == "LoRATritonFunction":
-        from .triton_linear import LoRATritonFunction
-
-        return LoRATritonFunction
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+from .triton_linear import LoRATritonFunction as LoRATritonFunction

@@ -115,7 +115,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def rows(t: torch.Tensor) -> torch.Tensor:
     """(..., C) as (M, C)."""
-    return t.reshape(-1, t.shape[-1])
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def unflattened(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -123,4 +123,6 @@ def unflattened(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     Not by `view`: autograd refuses to change a view in place that a custom function has made.
     """
+    if like.ndim == 2:
+        return y
     return torch.ops.aten._unsafe_view.default(y, [*like.shape[:-1], y.shape[-1]])

@@ -17,6 +17,7 @@ from torch import nn
 from .lora_autograd import apply_memory_efficient_lora, compute_dtype
 from .lora_config import PeftConfig
 from .lora_making import attach, describe, init_factors, is_dense, is_distributed, new_adapter, summed, unfit
+from .triton_linear import lora_linear, require
 
 
 class LinearLoRA(nn.Linear):
@@ -218,27 +219,26 @@ class TritonLinearLoRA(LinearLoRA):
     """`LinearLoRA` on the kernels of `lora_jax/kernels/triton_*`, forward and backward, with no dropout mask stored.
 
     On Hopper a dense base is multiplied in the same kernel as the adapter's tail, elsewhere by torch, on top of it
-    (`triton_launch.product`). Behind a base with a forward of its own, and with DoRA, the kernels compute the low-rank
-    branch. float32, float16 and bfloat16, one dtype for `x` and the base;
-    factors of another dtype are cast. With `use_memory_efficient_lora=False` `x @ A` (dim numbers a token) is kept for
-    the backward pass, which saves it one pass over `x`.
+    (`triton_launch.product`), and so are the thin products where nothing is dropped (`triton_linear`). Behind a base
+    with a forward of its own, and with DoRA, the kernels compute the low-rank branch. float32, float16 and bfloat16,
+    one dtype for `x` and the base; factors of another dtype are cast. With `use_memory_efficient_lora=False` `x @ A`
+    (dim numbers a token) is kept for the backward pass, which saves it one pass over `x`.
 
     **Raises:** when called, `RuntimeError` without a CUDA GPU (unless `TRITON_INTERPRET=1` is set before the first
     import of triton), `TypeError` for other dtypes, `NotImplementedError` for a DTensor.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from .triton_linear import lora_linear, require
-
+        weight, a = self.weight, self.lora_A.weight
         self._check_input(x)
-        require(self.where, x, self.weight, self.lora_A.weight)
+        require(self, x, weight, a)
         if self.use_dora or not self.base_is_plain:
             return super().forward(x)
         return lora_linear(
             x,
-            self.weight,
+            weight,
             self.bias,
-            self.lora_A.weight,
+            a,
             self.lora_B.weight,
             self.scale,
             self.dropout_p if self.training else 0.0,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import lora_autograd as plain
+from . import triton_linear
 from .joining import joined
 from .lora_autograd import compute_dtype, rows, unflattened
 from .lora_making import is_distributed
@@ -136,9 +137,7 @@ def _fused(act: Any, act_gradient: Any, x: torch.Tensor, *projections: LinearLoR
     if len(set(triton)) > 1:
         raise ValueError("some projections of this MLP were made with use_triton and some without: adapt them alike")
     if triton[0]:
-        from .triton_linear import require
-
-        require(projections[0].where, x, projections[0].weight)
+        triton_linear.require(projections[0], x, projections[0].weight)
     dtype = compute_dtype(x)
     flat: list[Any] = []
     for each in projections:
@@ -166,7 +165,6 @@ def _reason(projection: nn.Module) -> str | None:
 def _products(triton: bool) -> tuple[Any, Any]:
     if not triton:
         return plain.forward_rows, plain.backward_rows
-    from . import triton_linear
 
     def forward(x, w, bias, a, b, scale):
         return triton_linear.forward_rows(x, w, bias, a, b, scale, 0.0, None, True)[0]

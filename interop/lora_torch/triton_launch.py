@@ -17,6 +17,7 @@ This drops elements of `x`. To drop elements of the low-rank result instead, giv
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,14 @@ from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_configs import GemmConfig, HopperConfig, PassConfig
 from lora_jax.kernels.triton_plans import Matrix
 
-from .triton_run import has_hopper_kernel, interpreting, lies, ready, seen, sms
+from .triton_run import REMEMBERED, Ready, has_hopper_kernel, interpreting, lies, ready, seen, sms
 
 if TYPE_CHECKING:
     import torch
+
+# Multiplications that take a GPU of 700 TFLOP/s 0.2 ms, while Python needs about as long to launch a layer.
+SHORT = 2**36
+_loaded: set[Hashable] = set()  # kinds of short products whose kernel is loaded, or for which there is none
 
 
 @dataclass(frozen=True)
@@ -169,34 +174,66 @@ def product(
     bias: torch.Tensor | None = None,
     drop: Drop | None = None,
     *,
+    transposed: bool = False,
     config: HopperConfig | None = None,
 ) -> torch.Tensor:
-    """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can, else by `by_library`.
+    """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can (`hopper`), else `by_library`.
 
-    `triton_gemm`, which `forward` launches, loses more against a library's product than it saves, on Hopper at least.
+    By the library too where Python is what takes longest: up to `SHORT` multiplications, while no CUDA graph is made
+    of the launches. The first call of a kind loads the kernel all the same, for graphs that may come. `transposed`: `w`
+    is (N, K) and `b` is (N, R), as PyTorch stores them. `triton_gemm`, which `forward` launches, loses more against a
+    library's product than it saves, on Hopper at least.
 
     Raises: as `down`.
     """
-    operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
+    kind = x.shape, w.shape, x.dtype, x.get_device(), transposed
+    short = config is None and x.numel() * w.shape[0 if transposed else 1] <= SHORT and not _captured(x)
+    if drop is None and not (short and kind in _loaded):
+        launch = hopper(x, w, h, b, bias, transposed, config)
+        if launch is not None:
+            turned = launch.plan.numbers["W_T"] != transposed
+            right, tail = (w.T, b.T) if turned else (w, b)
+            y = x.new_empty(x.shape[0], tail.shape[0 if launch.plan.numbers["W_T"] else 1])
+            launch(y, {"x_ptr": x, "w_ptr": right, "h_ptr": h, "b_ptr": tail, "bias_ptr": bias})
+            if not short:
+                return y
+        if short:
+            if len(_loaded) >= REMEMBERED:
+                _loaded.clear()
+            _loaded.add(kind)
+    return by_library(x, w.T, h, b.T, bias, drop) if transposed else by_library(x, w, h, b, bias, drop)
+
+
+def hopper(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    config: HopperConfig | None = None,
+) -> Ready | None:
+    """The launch of `triton_hopper_gemm` for the operands of `product`, or None where the library is the better way.
+
+    That is: on other GPUs, in float32, where rows do not begin at multiples of 16 bytes, and for fewer tiles than half
+    the multiprocessors, whose depth a library splits among those that would have none.
+    """
 
     def plan() -> plans.Launch | None:
-        check(operands, [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)])
-        y = Matrix.row_major(x.shape[0], w.shape[1], x.element_size(), tma=True)
-        lying = [*map(seen, (x, w, h, b)), y]
-        if drop or not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
+        right, tail = (w.T, b.T) if transposed else (w, b)
+        check(
+            _operands(x=x, w=right, h=h, b=tail, bias=bias),
+            [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)],
+        )
+        y = Matrix.row_major(x.shape[0], right.shape[1], x.element_size(), tma=True)
+        lying = [*map(seen, (x, right, h, tail)), y]
+        if not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
             return None
         count = sms(x.device.index)
         launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
-        # A library splits the depth of few tiles among multiprocessors that would have none.
         return launch if config or launch.programs >= count // 2 else None
 
-    launch = ready(("product", *map(lies, operands.values()), drop is None, config), plan)
-    if launch is None:
-        return by_library(x, w, h, b, bias, drop)
-    if launch.plan.numbers["W_T"]:
-        w, b = w.T, b.T
-    y = x.new_empty(x.shape[0], b.shape[0 if launch.plan.numbers["W_T"] else 1])
-    return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias})
+    return ready(("product", lies(x), lies(w), lies(h), lies(b), lies(bias), transposed, config), plan)
 
 
 def by_library(
@@ -209,9 +246,13 @@ def by_library(
 ) -> torch.Tensor:
     """What `forward` computes, with torch's product: the adapter's part first, and the product added into it.
 
-    That part is rounded before: one rounding more than `forward` has.
+    That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
     """
-    return up(h, b, bias, drop).addmm_(x, w)
+    if drop:
+        part = up(h, b, bias, drop)
+    else:
+        part = h.mm(b) if bias is None else bias.addmm(h, b)
+    return part.addmm_(x, w)
 
 
 def input_gradient(
@@ -252,10 +293,15 @@ def _gemm(
     launch = ready(("gemm", *map(lies, operands.values()), threshold, config), plan)
     if not len(x):
         return y
-    # A descriptor of a weight that lies the other way round is one of its transpose.
-    w = w.T if launch.plan.blocks and launch.plan.numbers["W_T"] else w
     seeds = drop.words if drop else None
     return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": seeds})
+
+
+def _captured(tensor: torch.Tensor) -> bool:
+    """Whether launches go into a CUDA graph."""
+    import torch
+
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:

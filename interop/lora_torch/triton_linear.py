@@ -10,6 +10,10 @@ Tensors lie as PyTorch stores them: `w` (N, K), `a` (R, K), `b` (N, R).
 
 What is dropped here is `x` ("pre"). With "post" it is the low-rank result: `drop` then stands around `h @ b.T`, and
 around `dy` in `g` and in `db`. No mask is kept: four words on the device are, and the kernels ask them again.
+
+The thin passes in which nothing is dropped are torch's own products: they read `x` and `dy` as fast as the kernels, and
+one call of C++ is handed to the GPU in a fraction of the time that Python takes for a kernel and for the sum of its
+parts. The kernels do those with dropout, which torch has no product for, and the products of full size.
 """
 
 from __future__ import annotations
@@ -25,25 +29,26 @@ from .lora_autograd import check_branch, compute_dtype, rows, unflattened
 from .lora_making import is_distributed
 
 
-def require(where: str, *tensors: torch.Tensor) -> None:
-    """Raises, with `where` in front, if the kernels cannot run on these tensors' device or kind.
+def require(layer: Any, *tensors: torch.Tensor) -> None:
+    """Raises, with `layer.where` in front, if the kernels cannot run on these tensors' device or kind.
 
     `RuntimeError` for a device without CUDA and no interpreter; `NotImplementedError` for a DTensor.
     """
-    if any(is_distributed(tensor) for tensor in tensors):
-        raise NotImplementedError(
-            f"{where}the Triton kernels take the tensors of one device, not a DTensor: write use_triton=False for "
-            "models that are split over a mesh"
-        )
-    device = tensors[0].device
+    for tensor in tensors:
+        if is_distributed(tensor):
+            raise NotImplementedError(
+                f"{layer.where}the Triton kernels take the tensors of one device, not a DTensor: write "
+                "use_triton=False for models that are split over a mesh"
+            )
+    first = tensors[0]
     # While a graph is made there is no asking; the launch itself refuses then, without the name.
-    if device.type in ("cuda", "meta") or torch.compiler.is_compiling():
+    if first.is_cuda or first.is_meta or torch.compiler.is_compiling():
         return
     if not launch.interpreting():
         raise RuntimeError(
-            f"{where}use_triton=True needs a CUDA GPU, and `x` is on {device}. Move model and data there, write "
-            "use_triton=False, or set TRITON_INTERPRET=1 before the first import of triton to run the kernels slowly "
-            "on the CPU"
+            f"{layer.where}use_triton=True needs a CUDA GPU, and `x` is on {first.device}. Move model and data there, "
+            "write use_triton=False, or set TRITON_INTERPRET=1 before the first import of triton to run the kernels "
+            "slowly on the CPU"
         )
 
 
@@ -121,12 +126,17 @@ def lora_linear(
 
     **Raises:** what `triton_launch.check` raises.
     """
-    dtype = compute_dtype(x)
+    # Of all devices at once, in a fraction of the time: of those that there are kernels for.
+    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
     words = _words(x.device) if rate else None
     if dtype != x.dtype:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scale, rate, words, post, keep)
+    # Not to be asked is faster for a tensor than to find that it has the dtype.
+    if lora_A.dtype != dtype:
+        lora_A = lora_A.to(dtype)
+    if lora_B.dtype != dtype:
+        lora_B = lora_B.to(dtype)
+    return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, words, (scale, rate, post, keep))
 
 
 def _words(device: torch.device) -> torch.Tensor:
@@ -140,46 +150,68 @@ class LoRALinearFunction(torch.autograd.Function):
     """See `lora_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, a, b, scale, rate, words, post, keep):
+    def forward(ctx: Any, x, weight, bias, a, b, words, how):
+        scale, rate, post, keep = ctx.how = how
         y, h = forward_rows(rows(x), weight, bias, a, b, scale, rate, words, post)
         ctx.save_for_backward(x, weight, a, b, words, h if keep else None)
-        ctx.rest = scale, rate, post
-        return unflattened(y, x)
+        if x.ndim == 2 or torch.compiler.is_compiling():
+            return unflattened(y, x)
+        return y.resize_((*x.shape[:-1], y.shape[1]))  # no view either, and a fraction of the time
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        x, weight, a, b, words, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        wants = (needs[0], needs[3], needs[4])
-        scale, rate, post = ctx.rest
-        dy = rows(grad_outputs[0])
-        dx, da, db = backward_rows(dy, rows(x), weight, a, b, scale, rate, post, words, h, wants)
-        dx = None if dx is None else dx.reshape(x.shape)
-        return dx, None, None, da, db, None, None, None, None, None
+        # The refusal of second derivatives takes microseconds, which are for those who may ask for them.
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_once if twice else _gradients)(ctx, grad_outputs[0])
+
+
+def _gradients(ctx: Any, dy: torch.Tensor):
+    x, weight, a, b, words, h = ctx.saved_tensors
+    wants_x, _, _, *wants_factors, _, _ = ctx.needs_input_grad
+    scale, rate, post, _ = ctx.how
+    wants = (wants_x, *wants_factors)
+    dx, da, db = backward_rows(rows(dy), rows(x), weight, a, b, scale, rate, post, words, h, wants)
+    if dx is not None and x.ndim != 2:
+        dx = dx.view(x.shape)
+    return dx, None, None, da, db, None, None
+
+
+_once = once_differentiable(_gradients)
 
 
 def forward_rows(x, w, bias, a, b, scale: float, rate: float, words, post: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`y` (M, N) and `h` (M, R)."""
     before, after = (None, words) if post else (words, None)
-    h = ops.down(x, a.T, scale, rate, before)
-    return ops.product(x, w.T, h, b.T, bias, rate, after), h
+    h = _down(x, a.T, scale, rate, before)
+    return ops.product(x, w, h, b, bias, rate, after, transposed=True), h
 
 
 def backward_rows(
     dy, x, w, a, b, scale: float, rate: float, post: bool, words, h, wants: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of `x`, `a` and `b`, each if it is wanted."""
+    """The gradients of `x`, `a` and `b`, each if it is wanted.
+
+    What reads `dy` comes together, the product of full size last: of small layers the L2 cache still holds it then.
+    """
     before, after = (None, words) if post else (words, None)
     dx = da = db = None
-    if wants[0] or wants[1]:
-        g = ops.down(dy, b, scale, rate, after)
-        if wants[0]:
-            dx = ops.product(dy, w, g, a, None, rate, before)
-        if wants[1]:
-            da = ops.outer(g, x, rate, before, dtype=a.dtype)
     if wants[2]:
         if h is None:
-            h = ops.down(x, a.T, scale, rate, before)
-        db = ops.outer(h, dy, rate, after, dtype=b.dtype, transposed=True)
+            h = _down(x, a.T, scale, rate, before)
+        db = dy.T.mm(h) if after is None else ops.outer(h, dy, rate, after, dtype=b.dtype, transposed=True)
+    if wants[0] or wants[1]:
+        g = _down(dy, b, scale, rate, after)
+        if wants[1]:
+            da = g.T.mm(x) if before is None else ops.outer(g, x, rate, before, dtype=a.dtype)
+        if wants[0]:
+            dx = ops.product(dy, w, g, a, None, rate, before)
     return dx, da, db
+
+
+def _down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: torch.Tensor | None) -> torch.Tensor:
+    """`scale * drop(x) @ a`, rounded once: (M, K), (K, R) -> (M, R)."""
+    if words is not None:
+        return ops.down(x, a, scale, rate, words)
+    # What is multiplied by beta=0 is not read by torch, but may be by what a compiler makes of it.
+    blank = x.new_zeros if torch.compiler.is_compiling() else x.new_empty
+    return blank(x.shape[0], a.shape[1]).addmm_(x, a, beta=0, alpha=scale)

@@ -1,7 +1,7 @@
 """The launches of `triton_launch` as operations that torch.compile can put into a graph without looking inside.
 
-Outside of compilation each is the launch itself: a registered operation costs microseconds more a call, and a layer
-makes five of them. Dropout is a rate and four words on the device (`triton_launch.Drop`); without, words are None.
+Outside of compilation each is the launch itself: a registered operation costs microseconds more a call. Dropout is a
+rate and four words on the device (`triton_launch.Drop`); without, words are None.
 """
 
 from __future__ import annotations
@@ -37,9 +37,14 @@ def product(
     bias: torch.Tensor | None = None,
     rate: float = 0.0,
     words: torch.Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> torch.Tensor:
-    """`x @ w + drop(h @ b) + bias`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N)."""
-    return _in_graph(x, _product, launched_product)(x, w, h, b, bias, rate, words)
+    """`x @ w + drop(h @ b) + bias`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N).
+
+    (N, K) and (N, R) if `transposed`.
+    """
+    return _in_graph(x, _product, launched_product)(x, w, h, b, bias, rate, words, transposed)
 
 
 def launched_down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: torch.Tensor | None):
@@ -60,8 +65,9 @@ def launched_product(
     bias: torch.Tensor | None,
     rate: float,
     words: torch.Tensor | None,
+    transposed: bool,
 ) -> torch.Tensor:
-    return launch.product(x, w, h, b, bias, _drop(rate, words))
+    return launch.product(x, w, h, b, bias, _drop(rate, words), transposed=transposed)
 
 
 def _drop(rate: float, words: torch.Tensor | None) -> launch.Drop | None:
@@ -88,7 +94,8 @@ _product = torch.library.custom_op(
     "lora_torch::product",
     launched_product,
     mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor h, Tensor b, Tensor? bias, float rate, Tensor? words) -> Tensor",
+    schema="(Tensor x, Tensor w, Tensor h, Tensor b, Tensor? bias, float rate, Tensor? words, "
+    "bool transposed) -> Tensor",
 )
 
 
@@ -104,5 +111,5 @@ def _(t, v, rate, words, dtype, transposed):
 
 
 @_product.register_fake
-def _(x, w, h, b, bias, rate, words):
-    return x.new_empty(x.shape[0], w.shape[1])
+def _(x, w, h, b, bias, rate, words, transposed):
+    return x.new_empty(x.shape[0], w.shape[0 if transposed else 1])

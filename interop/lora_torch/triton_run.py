@@ -38,9 +38,11 @@ def ready(key: Hashable, plan: Callable[[], Launch | None]) -> Ready | None:
     return found
 
 
-def lies(tensor: torch.Tensor) -> Hashable:
-    """All that a compiled kernel depends on."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
+def lies(tensor: torch.Tensor | None) -> Hashable:
+    """All that a compiled kernel depends on. The device by its number, which is faster to hash: the CPU's is -1."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16 == 0
 
 
 class Ready:
@@ -49,7 +51,7 @@ class Ready:
     def __init__(self, plan: Launch):
         self.plan = plan
         self.sum: Ready | None = None
-        self.start: Callable[..., None] | None = None
+        self.start: Callable[[list[Any], int], None] | None = None
         self.arguments: list[Any] = []
         self.places: list[tuple[int, str, Callable[[Any], Any] | None]] = []
 
@@ -57,20 +59,24 @@ class Ready:
         """Fills `out`; `operands` are the other tensors by the names of their pointers, all on one device."""
         import torch
 
-        device = out.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current one
+        index = out.get_device()
+        # Of torch's C part, because `torch.cuda.current_device()` asks whether there is CUDA first.
+        if index >= 0 and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):  # Triton launches on the current one
                 return self(out, operands)
         plan = self.plan
-        target = out if plan.parts == 1 else out.new_empty(plan.parts * out.numel(), dtype=torch.float32)
-        operands = {**operands, plan.out: target}
+        if plan.parts == 1:
+            target = operands[plan.out] = out
+        else:
+            target = operands[plan.out] = out.new_empty(plan.parts * out.numel(), dtype=torch.float32)
         if self.start is None:
             self._first(operands)
         else:
             arguments = self.arguments.copy()
             for at, name, described in self.places:
-                arguments[at] = operands[name] if described is None else described(operands[name])
-            self.start(*arguments)
+                tensor = operands[name]
+                arguments[at] = tensor if described is None else described(tensor)
+            self.start(arguments, index)
         if target is out:
             return out
         if self.sum is None:
@@ -94,7 +100,30 @@ class Ready:
             if operands.get(name) is not None:
                 self.arguments[at] = None  # keeps no tensor alive
                 self.places.append((at, name, described.get(name)))
-        self.start = compiled[plan.programs, 1, 1]
+        self.start = _starter(compiled, plan.programs)
+
+
+def _starter(compiled: Any, programs: int) -> Callable[[list[Any], int], None]:
+    """Starts a compiled kernel on the current stream of a device.
+
+    As `compiled[programs, 1, 1](...)` does, which makes a record for the hooks of a profiler each time and calls them:
+    here that is done only if there are any.
+    """
+    from torch._C import _cuda_getCurrentRawStream as stream_of
+    from triton import knobs
+
+    through_hooks, runtime = compiled[programs, 1, 1], knobs.runtime
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(arguments: list[Any], index: int) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # Chains of hooks, mostly empty ones; None or a function in older versions.
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            through_hooks(*arguments)
+        else:
+            run(programs, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments)
+
+    return start
 
 
 def _descriptors(like: Any, block: tuple[int, int], gluon: bool) -> Callable[[Any], Any]:

@@ -75,16 +75,8 @@ class PassConfig:
         return max(1, min(self.per_sm * sms // max(1, blocks), steps // 2))  # no blocks: no tokens
 
 
-# The candidates of `benchmarks/triton_kernels.py`, and those by pointers of `benchmarks/triton_from_jax.py`.
+# The candidates of `benchmarks/triton_kernels.py` and `benchmarks/triton_from_jax.py`.
 GEMM = (
-    GemmConfig(128, 256, 64, stages=4, warps=8, chunks=4),
-    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=2),
-    GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4, group=16),
-    GemmConfig(256, 128, 64, stages=3, warps=8, chunks=2),
-    GemmConfig(128, 128, 64, stages=4, warps=8, chunks=2),
-    GemmConfig(128, 128, 64, stages=3, warps=4, chunks=4, per_sm=2),
-)
-GEMM_POINTERS = (
     GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4),
     GemmConfig(128, 256, 64, stages=3, warps=8, chunks=4, per_sm=0),
     GemmConfig(128, 128, 64, stages=4, warps=8, chunks=2, per_sm=0),
@@ -120,32 +112,20 @@ def padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def gemm_config(
-    m: int, n: int, k: int, r: int, itemsize: int,
-    *, tma: bool, dropout: bool = False, shared: int = LEAST_SHARED_BYTES,
-) -> GemmConfig:  # fmt: skip
-    """Tiles for `(m, k) x (k, n)` with a tail of rank `r`, elements of `itemsize` bytes.
-
-    `tma`: by descriptors, on Hopper. By pointers the tiles are smaller, unless `shared` says that there is room.
-    """
+def gemm_config(m: int, n: int, r: int, itemsize: int, *, shared: int = LEAST_SHARED_BYTES) -> GemmConfig:
+    """Tiles for an (m, n) result with a tail of rank `r`, elements of `itemsize` bytes, as `shared` bytes allow."""
     if itemsize == 4:
         return _GEMM_32
     if m <= 128 or n <= 128:
         return GemmConfig(64, 64, 64, stages=3, warps=4, per_sm=0)
-    small = m * n <= 128 * 256 * 132 // 2
-    if not tma:
-        if shared >= SHARED_BYTES[9, 0]:
-            # Of a plain product with the first of these tiles XLA's is no faster (4096 x 4096 x 4096 on one H200).
-            return GEMM_POINTERS[2 if small or padded(r) > 64 else 0]
-        return GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0, chunks=2 if padded(r) > 64 else 1)
-    if small:
-        return GEMM[4]
-    # A fourth stage does not leave the shared memory for a tail of rank 64; dropout needs the registers.
-    return GEMM[2] if dropout or padded(r) >= 64 else GEMM[0]
+    if shared >= SHARED_BYTES[9, 0]:
+        # Of a plain product with the first of these tiles XLA's is no faster (4096 x 4096 x 4096 on one H200).
+        return GEMM[2 if m * n <= 128 * 256 * 132 // 2 or padded(r) > 64 else 0]
+    return GemmConfig(128, 128, 32, stages=3, warps=8, per_sm=0, chunks=2 if padded(r) > 64 else 1)
 
 
 def down_config(m: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
-    """Tiles for `(m, k) x (k, r)`; the rest as `gemm_config`."""
+    """Tiles for `(m, k) x (k, r)`. `tma`: by descriptors, on Hopper."""
     if itemsize == 4:
         return _PASS_32
     if not tma:
@@ -155,7 +135,7 @@ def down_config(m: int, k: int, r: int, itemsize: int, *, tma: bool, dropout: bo
 
 
 def outer_config(m: int, c: int, r: int, itemsize: int, *, tma: bool, dropout: bool = False) -> PassConfig:
-    """Tiles for `(m, r).T x (m, c)`; the rest as `gemm_config`."""
+    """Tiles for `(m, r).T x (m, c)`; the rest as `down_config`."""
     if itemsize == 4:
         return _PASS_32 if padded(r) < 128 else PassConfig(16, 32, stages=2, warps=8, tma=False)
     if not tma:

@@ -109,13 +109,13 @@ def _load_tail(
 
 @triton.jit(do_not_specialize=["tail_scale", "threshold"])
 def gemm_kernel(
-    x_ptr,  # (M, K), or its descriptor with (BM, BK) blocks if TMA
-    w_ptr,  # (K, N); if TMA its descriptor with (BK, BN) blocks, or that of w.T with (BN, BK) blocks if W_T
+    x_ptr,  # (M, K)
+    w_ptr,  # (K, N)
     h_ptr,  # (M, R)
     b_ptr,  # (R, N)
     bias_ptr,  # (N,); not read unless BIAS
     seed_ptr,  # see `triton_dropout.kept`; not read unless DROP
-    y_ptr,  # (M, N), or its descriptor with (BM, BN // CHUNKS) blocks if TMA
+    y_ptr,  # (M, N)
     tail_scale,  # of the kept elements of the tail; not used unless DROP
     threshold,
     M,
@@ -141,8 +141,6 @@ def gemm_kernel(
     PREFETCH: tl.constexpr,  # the tail before the walk, if the registers hold it; or after it, in parts
     BIAS: tl.constexpr,
     DROP: tl.constexpr,
-    W_T: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     BC: tl.constexpr = BN // CHUNKS
     element: tl.constexpr = h_ptr.dtype.element_ty
@@ -167,20 +165,13 @@ def gemm_kernel(
             tile += programs
             row0, column0 = _place(tile, M, N, BM, BN, GROUP)
         k0 = step * BK
-        if TMA:
-            x = x_ptr.load([row0, k0])
-            if W_T:
-                w = w_ptr.load([column0, k0]).T
-            else:
-                w = w_ptr.load([k0, column0])
-        else:
-            ks = k0 + tl.arange(0, BK)
-            rows = row0 + tl.arange(0, BM)
-            columns = column0 + tl.arange(0, BN)
-            x_at = rows.to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
-            x = tl.load(x_ptr + x_at, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
-            w_at = ks.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
-            w = tl.load(w_ptr + w_at, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
+        ks = k0 + tl.arange(0, BK)
+        rows = row0 + tl.arange(0, BM)
+        columns = column0 + tl.arange(0, BN)
+        x_at = rows.to(tl.int64)[:, None] * stride_xm + ks[None, :] * stride_xk
+        x = tl.load(x_ptr + x_at, mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+        w_at = ks.to(tl.int64)[:, None] * stride_wk + columns.to(tl.int64)[None, :] * stride_wn
+        w = tl.load(w_ptr + w_at, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
 
         if step == steps - 1:
@@ -199,7 +190,7 @@ def gemm_kernel(
                     y = tl.dot(h.to(element, bitcast=True), b[i].to(element, bitcast=True), y, input_precision="ieee")
                 else:
                     # Unrolled, because a loop in here would keep the walk from being pipelined.
-                    for rank0 in tl.static_range(0, RP, RC):
+                    for rank0 in tl.static_range(0, RP, RC):  # pyright: ignore[reportGeneralTypeIssues]
                         h_part = _load_h(h_ptr, row0, rank0, M, stride_hm, stride_hr, R, RC, BM)
                         b_part = _load_b(b_ptr, rank0, chunk0, N, stride_br, stride_bn, R, RC, BC)
                         h_part = h_part.to(element, bitcast=True)
@@ -207,12 +198,9 @@ def gemm_kernel(
                 if DROP:
                     keep = kept(seed_ptr, rows, chunk0, threshold, BM, BC)
                     y = accs[i] + tl.where(keep, y * tail_scale, 0.0)
-                if TMA:
-                    y_ptr.store([row0, chunk0], y.to(element))
-                else:
-                    chunk = chunk0 + tl.arange(0, BC)
-                    y_at = rows.to(tl.int64)[:, None] * stride_ym + chunk[None, :] * stride_yn
-                    tl.store(y_ptr + y_at, y.to(element), mask=(rows < M)[:, None] & (chunk < N)[None, :])
+                chunk = chunk0 + tl.arange(0, BC)
+                y_at = rows.to(tl.int64)[:, None] * stride_ym + chunk[None, :] * stride_yn
+                tl.store(y_ptr + y_at, y.to(element), mask=(rows < M)[:, None] & (chunk < N)[None, :])
             acc = tl.zeros((BM, BN), tl.float32)
             if PREFETCH:
                 # Of the next tile: these loads have its whole walk over K to arrive.

@@ -139,30 +139,21 @@ def gemm(
 ) -> Launch:  # fmt: skip
     """`x @ w + drop(h @ b) (+ bias)`: (M, K), (K, N), (M, R), (R, N), (N,) -> (M, N); the mask is one of `y`.
 
-    A descriptor of `w` is one of `w.T` if `W_T`. `shared`: bytes of shared memory that a program may have.
+    `shared`: bytes of shared memory that a program may have.
     """
     (m, k), n, r = x.shape, w.shape[1], h.shape[1]
-    transposed = _transposed(w)
-    tma = x.describable and y.describable and (w.T if transposed else w).describable
-    config = config or gemm_config(m, n, k, r, x.itemsize, tma=tma, dropout=threshold > 0, shared=shared)
+    config = config or gemm_config(m, n, r, x.itemsize, shared=shared)
     tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
-    blocks = {
-        "x_ptr": (config.bm, config.bk),
-        "w_ptr": (config.bn, config.bk) if transposed else (config.bk, config.bn),
-        "y_ptr": (config.bm, config.bn // config.chunks),
-    }
     numbers = {
         "tail_scale": rescaling(threshold), "threshold": threshold, "M": m, "N": n, "K": k,
         **_strides("x", "mk", x), **_strides("w", "kn", w), **_strides("h", "mr", h), **_strides("b", "rn", b),
         **_strides("y", "mn", y),
         "R": r, "RP": padded(r), "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
         "CHUNKS": config.chunks, "PREFETCH": config.prefetch(padded(r), x.itemsize),
-        "BIAS": bias, "DROP": threshold > 0, "W_T": transposed, "TMA": tma,
+        "BIAS": bias, "DROP": threshold > 0,
     }  # fmt: skip
-    return Launch(
-        "gemm", min(tiles, config.per_sm * sms) if config.per_sm else tiles, "y_ptr", numbers,
-        config.warps, config.stages, blocks=blocks if tma else {},
-    )  # fmt: skip
+    programs = min(tiles, config.per_sm * sms) if config.per_sm else tiles
+    return Launch("gemm", programs, "y_ptr", numbers, config.warps, config.stages)
 
 
 def hopper_fits(x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix) -> bool:

@@ -37,3 +37,12 @@ def test_picture():
     # Another result would be noticed.
     changed = [{**rows[1], "ratio": rows[1]["ratio"] + 0.01}, *rows[:1], *rows[2:]]
     assert kernels_plot.digest(changed) != kernels_plot.digest(rows)
+
+
+def test_table_of_torch():
+    from benchmarks import torch_table
+
+    page = (ROOT / "docs/torch-lora.md").read_text()
+    shown = page.split(torch_table.BEGIN)[1].split(torch_table.END)[0]
+    command = "PYTHONPATH=. python benchmarks/torch_table.py --write docs/torch-lora.md"
+    assert shown == torch_table.table(torch_table.read()), command

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from torch import nn  # noqa: E402
+from triton import knobs  # noqa: E402
 
 from lora_jax.kernels.triton_configs import HopperConfig  # noqa: E402
 from lora_torch import triton_launch as launch  # noqa: E402
@@ -67,7 +68,41 @@ def test_the_product_for_hopper(dtype, m, k, n, r, with_bias):
     for w, b in ((v["w"], v["b"]), (v["w"].contiguous(), v["b"].contiguous())):
         got = launch.product(v["x"], w, v["h"], b, bias, config=HopperConfig())
         triton_problem.assert_close(got.cpu(), product, cpu, k + r, lambda v: product(v) - v["h"] @ v["b"])
+        stored = launch.product(v["x"], w.T, v["h"], b.T, bias, transposed=True, config=HopperConfig())
+        assert torch.equal(stored, got)
     assert relative(got, launch.by_library(v["x"], v["w"], v["h"], v["b"], bias)) < 0.02
+
+
+def test_a_short_product_is_the_kernels_in_a_graph():
+    """Launched by itself it is torch's: Python needs longer for the kernel than either takes."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    m, k, n, r = 1100, 64, 2048, 16
+    cpu = triton_problem.operands("float16", m, k, n, r)
+    x, w, h, b = (cpu[name].cuda() for name in ("x", "w", "h", "b"))
+    launches = []
+
+    def record(metadata):
+        launches.append(metadata.get()["name"])
+
+    def product(v):
+        return v["x"] @ v["w"] + v["h"] @ v["b"]
+
+    graph = torch.cuda.CUDAGraph()
+    knobs.runtime.launch_enter_hook.add(record)
+    try:
+        found = [launch.product(x, w, h, b) for _ in range(2)]
+        assert launches == ["hopper_gemm_kernel"]  # once, to be loaded
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            found.append(launch.product(x, w, h, b))
+        assert len(launches) == 2
+    finally:
+        knobs.runtime.launch_enter_hook.remove(record)
+    graph.replay()
+    assert torch.equal(found[0], found[1])
+    for got in found:
+        triton_problem.assert_close(got.cpu(), product, cpu, k + r, lambda v: product(v) - v["h"] @ v["b"])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -171,6 +206,27 @@ def test_nothing_waits_for_the_gpu():
     torch.cuda.synchronize()
     for name, value in zip(want, (y, *grads), strict=True):
         assert torch.equal(value, want[name]), name
+
+
+def test_profilers_see_every_kernel():
+    """Later launches pass by Triton's front end, but not by the hooks that there may be."""
+    made = layer(256, 128, dropout=0.1, dropout_position="pre")
+    x, dy = tensors(100, 256, n=128, dtype=torch.bfloat16, device="cuda")
+    run(made, x, dy)
+    launches = []
+
+    def record(metadata):
+        launches.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(record)
+    try:
+        run(made, x, dy)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(record)
+    assert {"down_kernel", "outer_kernel", "up_kernel"} <= set(launches)
+    seen = len(launches)
+    run(made, x, dy)
+    assert len(launches) == seen
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own

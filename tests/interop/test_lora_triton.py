@@ -177,7 +177,8 @@ def test_the_operations_are_registered_as_they_are():
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops._down, (x, a, 2.0, 0.5, words), test_utils=utils)
     torch.library.opcheck(ops._outer, (h, x, 0.0, None, torch.float32, True), test_utils=utils)
-    torch.library.opcheck(ops._product, (x, w, h, b, None, 0.0, None), test_utils=utils)
+    torch.library.opcheck(ops._product, (x, w, h, b, None, 0.0, None, False), test_utils=utils)
+    torch.library.opcheck(ops._product, (x, w.T, h, b.T, None, 0.5, words, True), test_utils=utils)
 
 
 def test_what_the_kernels_refuse():

@@ -47,9 +47,9 @@ def test_input_gradient_matches_float64(dtype: str, m: int, k: int, n: int, r: i
 
 
 # Several tiles a program, the last group of row blocks not full, each way to cut a tile, the tail before and after.
-@pytest.mark.parametrize("m,k,n", [(40, 36, 70), (40, 40, 72)])
 @pytest.mark.parametrize("chunks,r,rate", [(1, 16, 0.3), (2, 100, 0.3), (4, 100, 0.0), (4, 16, 0.3)])
-def test_every_way_through_the_kernel(m: int, k: int, n: int, chunks: int, r: int, rate: float) -> None:
+def test_every_way_through_the_kernel(chunks: int, r: int, rate: float) -> None:
+    m, k, n = 40, 36, 70
     config = GemmConfig(16, 64, 32, stages=2, warps=2, group=2, chunks=chunks)
     assert config.prefetch(16, 2) and not config.prefetch(128, 2)
     v = operands("float16", m, k, n, r)

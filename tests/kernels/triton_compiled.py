@@ -44,7 +44,7 @@ class Needs:
 def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) -> Iterator[Launch]:
     """What a call can get. `large`: only large layers, and one layout of the weight.
 
-    PyTorch stores the weight and both factors the other way round, and has descriptors on Hopper.
+    PyTorch stores the weight and both factors the other way round, has descriptors on Hopper, and leaves `gemm` to JAX.
     """
     sizes = [(8192, 4096, 4096)] if large else [(8192, 4096, 4096), (512, 2048, 4096), (100, 64, 64)]
     itemsize, sms = 4 if dtype == "fp32" else 2, SMS[arch]
@@ -55,10 +55,10 @@ def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) 
         return Matrix((rows, columns), (columns, 1), itemsize, tma=arch >= 90 and not by_jax)
 
     for r, threshold in itertools.product(ranks, [0, 6554]):
-        for (m, k, n), w_t in itertools.product(sizes, [False] if large else [False, True]):
+        for (m, k, n), w_t in itertools.product(sizes if by_jax else [], [False] if large else [False, True]):
             yield plans.gemm(
-                matrix(m, k), matrix(k, n, other_way=w_t), matrix(m, r), matrix(r, n, other_way=not by_jax),
-                matrix(m, n), threshold, sms, shared=SHARED_BYTES[divmod(arch, 10)],
+                matrix(m, k), matrix(k, n, other_way=w_t), matrix(m, r), matrix(r, n), matrix(m, n), threshold, sms,
+                shared=SHARED_BYTES[divmod(arch, 10)],
             )  # fmt: skip
         m, k, _ = sizes[0]
         if not by_jax:
