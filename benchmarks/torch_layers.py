@@ -15,8 +15,8 @@ from lora_torch.lora import patch_linear_module
 
 ALPHA_PER_RANK = 2.0
 NEMO = "NeMo Automodel"
-# As "x @ A kept", but with the one or the other way of `triton_launch.product`, where that decides by who waits.
-TORCH_TAIL, KERNEL_TAIL = "TritonLinearLoRA, tail by torch", "TritonLinearLoRA, tail by kernel"
+# As "x @ A kept", but with torch's products alone where `triton_launch.product` has a kernel.
+TORCH_TAIL = "TritonLinearLoRA, tail by torch"
 
 
 class Eager(nn.Module):
@@ -95,15 +95,6 @@ def torch_tail() -> Iterator[None]:
         triton_launch.hopper = ours
 
 
-@contextlib.contextmanager
-def kernel_tail() -> Iterator[None]:
-    ours, triton_launch.SHORT = triton_launch.SHORT, -1
-    try:
-        yield
-    finally:
-        triton_launch.SHORT = ours
-
-
 MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
     "peft": by_peft,
     "eager formula": Eager,
@@ -114,8 +105,7 @@ MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {
     "TritonLinearLoRA": ours,
     "TritonLinearLoRA, x @ A kept": lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
     TORCH_TAIL: lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
-    KERNEL_TAIL: lambda linear, r, rate: ours(linear, r, rate, use_memory_efficient_lora=False),
 }
-SETTINGS = {TORCH_TAIL: torch_tail, KERNEL_TAIL: kernel_tail}
+SETTINGS = {TORCH_TAIL: torch_tail}
 OTHERS = ("peft", NEMO)  # left out with a word where they fail
 WITHOUT_DROPOUT = ("addmm function", *SETTINGS)  # it would need a stored mask; dropout in a product is nobody's choice

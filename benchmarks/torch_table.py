@@ -32,7 +32,6 @@ COLUMNS = {
     "TritonLinearLoRA": "TritonLinearLoRA",
     "TritonLinearLoRA, x @ A kept": "the same, `x @ A` kept",
     "TritonLinearLoRA, tail by torch": "that, tail by torch",
-    "TritonLinearLoRA, tail by kernel": "that, tail by the kernel",
 }
 
 

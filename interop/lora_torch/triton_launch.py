@@ -17,7 +17,6 @@ This drops elements of `x`. To drop elements of the low-rank result instead, giv
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +24,10 @@ from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_configs import GemmConfig, HopperConfig, PassConfig
 from lora_jax.kernels.triton_plans import Matrix
 
-from .triton_run import REMEMBERED, Ready, has_hopper_kernel, interpreting, lies, ready, seen, sms
+from .triton_run import Ready, has_hopper_kernel, interpreting, lies, ready, seen, sms
 
 if TYPE_CHECKING:
     import torch
-
-# Multiplications that take a GPU of 700 TFLOP/s 0.2 ms, while Python needs about as long to launch a layer.
-SHORT = 2**36
-_loaded: set[Hashable] = set()  # kinds of short products whose kernel is loaded, or for which there is none
 
 
 @dataclass(frozen=True)
@@ -179,28 +174,18 @@ def product(
 ) -> torch.Tensor:
     """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can (`hopper`), else `by_library`.
 
-    By the library too where Python is what takes longest: up to `SHORT` multiplications, while no CUDA graph is made
-    of the launches. The first call of a kind loads the kernel all the same, for graphs that may come. `transposed`: `w`
-    is (N, K) and `b` is (N, R), as PyTorch stores them. `triton_gemm`, which `forward` launches, loses more against a
-    library's product than it saves, on Hopper at least.
+    `transposed`: `w` is (N, K) and `b` is (N, R), as PyTorch stores them. `triton_gemm`, which `forward` launches,
+    loses more against a library's product than it saves, on Hopper at least.
 
     Raises: as `down`.
     """
-    kind = x.shape, w.shape, x.dtype, x.get_device(), transposed
-    short = config is None and x.numel() * w.shape[0 if transposed else 1] <= SHORT and not _captured(x)
-    if drop is None and not (short and kind in _loaded):
-        launch = hopper(x, w, h, b, bias, transposed, config)
-        if launch is not None:
-            turned = launch.plan.numbers["W_T"] != transposed
-            right, tail = (w.T, b.T) if turned else (w, b)
-            y = x.new_empty(x.shape[0], tail.shape[0 if launch.plan.numbers["W_T"] else 1])
-            launch(y, {"x_ptr": x, "w_ptr": right, "h_ptr": h, "b_ptr": tail, "bias_ptr": bias})
-            if not short:
-                return y
-        if short:
-            if len(_loaded) >= REMEMBERED:
-                _loaded.clear()
-            _loaded.add(kind)
+    launch = hopper(x, w, h, b, bias, transposed, config) if drop is None else None
+    if launch is not None:
+        turned = launch.plan.numbers["W_T"] != transposed
+        right, tail = (w.T, b.T) if turned else (w, b)
+        y = x.new_empty(x.shape[0], tail.shape[0 if launch.plan.numbers["W_T"] else 1])
+        launch(y, {"x_ptr": x, "w_ptr": right, "h_ptr": h, "b_ptr": tail, "bias_ptr": bias})
+        return y
     return by_library(x, w.T, h, b.T, bias, drop) if transposed else by_library(x, w, h, b, bias, drop)
 
 
@@ -295,13 +280,6 @@ def _gemm(
         return y
     seeds = drop.words if drop else None
     return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": seeds})
-
-
-def _captured(tensor: torch.Tensor) -> bool:
-    """Whether launches go into a CUDA graph."""
-    import torch
-
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:
