@@ -209,7 +209,7 @@ def main() -> None:
         if began - start + longest > options.budget:
             left_out.append(case)
             continue
-        for row in time_case(case, *((1, 0.001) if options.smoke else (5, 0.03))):
+        for row in time_case(case, *((1, 0.001) if options.smoke else (5, 0.06))):
             rows.append(row)
             written(common | row, options.out)
         longest = max(longest, time.perf_counter() - began)
