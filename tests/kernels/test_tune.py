@@ -120,6 +120,17 @@ def test_wrong_results_are_not_timed(family, monkeypatch):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_factors_are_ones_that_the_cast_leaves_alone(dtype):
+    """Also where XLA makes nothing of a cast and one back, as it may in one program: their rounding has no bound."""
+    sizes = (8, 64, 48, 16)
+    assert "reduce_precision" in str(jax.make_jaxpr(tuning._operands, static_argnums=(0, 1))(sizes, dtype))
+    *_, a, b = jax.jit(tuning._operands, static_argnums=(0, 1))(sizes, dtype)
+    for factor in (a, b):
+        assert factor.dtype == jnp.float32
+        assert (factor.astype(dtype).astype(jnp.float32) == factor).all() and len(set(factor.ravel().tolist())) > 50
+
+
 def test_a_wrong_result_is_told_from_a_right_one_at_large_sizes():
     """Of the whole product, where sums are over many rows and columns, and of each kernel."""
     operands = (*tuning._operands((8192, 64, 2048, 16), jnp.bfloat16), jax.random.key(2))
