@@ -47,6 +47,12 @@ def choose_many(
     return record(Choice("xla", reasons, name=name, sizes=mknr))
 
 
+def refuse_fused(what: str, selection: str | None, name: str) -> None:
+    """**Raises:** `ValueError` where "fused" was asked for, of what has no kernels."""
+    if selection == FUSED:
+        raise ValueError(f'`selection="fused"` can\'t run `{name}`: {what}. Use None.')
+
+
 def _why_not(
     each: str, spec: Contraction, matrices: Matrices | str, runs: int, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:

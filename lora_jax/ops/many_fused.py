@@ -136,9 +136,11 @@ def _bwd(fused: FusedMany, saved: Any, dy: Any) -> Any:
 
 
 def _gathered_back(fused: FusedMany, rows: jax.Array, axes: Axes, to: Axes, stack: Any, index: Any) -> jax.Array:
-    """Gradients of each row's factors (row, *axes), added up in their slots; those of the base are zero."""
+    """Gradients of each row's factors (row, *axes), added up in their slots; those of the base, which may be NaN, in
+    none."""
     sizes = axis_sizes((to, stack.shape))
-    slots = jnp.zeros((sizes[fused.slot], *rows.shape[1:]), rows.dtype).at[jnp.maximum(index, 0)].add(rows)
+    places = jnp.where(index >= 0, index, sizes[fused.slot])
+    slots = jnp.zeros((sizes[fused.slot], *rows.shape[1:]), rows.dtype).at[places].add(rows, mode="drop")
     named = (fused.slot, *axes)
     order = tuple(name for name in to if name in named)
     return (

@@ -56,8 +56,25 @@ def test_a_slot_that_diverged_harms_its_own_rows_alone():
     np.testing.assert_array_equal(db[1:], good[4][1:])
 
 
-def contract(selection, x=X, key=None, rate=0.0, ids=IDS, w=W):
-    spec = dataclasses.replace(SPEC, dropout_rate=rate)
+@pytest.mark.parametrize("selection", ["fused", "gathered"])
+def test_a_row_of_the_base_that_is_not_finite_harms_no_slot(selection):
+    with reference_kernels.installed():
+        x = np.where(np.arange(4)[:, None, None] == 2, np.float16("inf"), X)
+        *_, da, db = jax.jit(many_stacks.run(selection))(x, *OPERANDS[1:])
+        *_, want_a, want_b = jax.jit(many_stacks.run(selection))(*OPERANDS)
+    np.testing.assert_array_equal(da, want_a)
+    np.testing.assert_array_equal(db, want_b)
+
+
+@pytest.mark.parametrize("selection", ["fused", "gathered", "masked"])
+def test_the_thin_product_has_its_name(selection):
+    """By which `jax.checkpoint` may keep it."""
+    with reference_kernels.installed():
+        assert "name=lora_h" in str(jax.make_jaxpr(many_stacks.run(selection))(*OPERANDS))
+
+
+def contract(selection, x=X, key=None, rate=0.0, ids=IDS, w=W, y=SPEC.y):
+    spec = dataclasses.replace(SPEC, dropout_rate=rate, y=y)
     many = Many(("k", "slot", "r"), ("slot", "r", "n"), SLOTS, selection)
     return jax.vmap(lambda x, i: many_contract(spec, many, x, w, A, B, SCALE, i, key, "q.kernel"))(x, ids)
 
@@ -79,6 +96,28 @@ def test_what_kernels_cannot_do_goes_to_xla_or_is_refused_by_name(change, why):
         np.testing.assert_allclose(got, contract("gathered", **change), rtol=1e-3, atol=1e-3)
         with pytest.raises(ValueError, match=f"of `q.kernel`.*{why}"):
             contract("fused", **change)
+
+
+def test_a_weight_on_the_left():
+    with reference_kernels.installed() as calls:
+        np.testing.assert_array_equal(contract("fused", y=("n", "t")).swapaxes(1, 2), contract("fused"))
+    assert calls == [("forward", WHOLE)] * 2
+
+
+def test_rows_with_weights_of_their_own_are_none_for_kernels():
+    ws = np.stack([W, 2 * W, W, W])
+
+    def run(selection):
+        many = Many(("k", "slot", "r"), ("slot", "r", "n"), SLOTS, selection)
+        one = functools.partial(many_contract, SPEC, many)
+        return jax.vmap(lambda x, w, i: one(x, w, A, B, SCALE, i, None, "q.kernel"))(X, ws, IDS)
+
+    with reference_kernels.installed() as calls, recording() as choices:
+        y = run(None)
+        with pytest.raises(ValueError, match="can't run `q.kernel`: a product of rows with weights of their own"):
+            run("fused")
+    assert not calls and choices[0].reasons["reference"] == "a product of rows with weights of their own"
+    np.testing.assert_array_equal(y[1], contract("gathered", w=2 * W)[1])
 
 
 def test_mapped_once_more_and_differentiated_again():
