@@ -37,7 +37,7 @@ def choose_many(
         why = _why_not(each, spec, matrices, runs, x, w, dropped, by_name=selection == FUSED)
         if why is None:
             assert isinstance(matrices, Matrices), matrices
-            reason = f"{each} can run, with the factors of {runs} rows"
+            reason = f"{each} can run, with the factors of {runs} row{'s' * (runs > 1)}"
             return record(Choice(each, {"xla": reason, **reasons}, matrices, name, sizes=matrices.mknr))
         reasons[each] = why
     if selection == FUSED:
@@ -59,8 +59,6 @@ def _why_not(
     family = FAMILIES[each]
     if family.many is None:
         return "has no kernels for an adapter of each row"
-    if runs == 1:
-        return "there is one row"
     if dropped:
         return "its kernels for an adapter of each row have no dropout"
     # Where one adapter is faster by XLA, several are.

@@ -115,7 +115,7 @@ def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
             )
             fused = _fused(spec, many, x, w, first, has_dropout, name)
             if fused is not None:
-                y = fused_product(fused, x, w, first, second, scale, index)
+                y: Any = fused_product(fused, x, w, first, second, scale, index)
                 return reorder(y, fused.spec.y, (ROW, *spec.y)), True
         return jax.vmap(by_xla, in_axes=tuple(0 if own else None for own in mapped), axis_size=size)(*operands), True
 
