@@ -32,7 +32,7 @@ from lora_jax.ops.choice_many import FUSED, choose_many, refuse_fused
 from lora_jax.ops.contract import Axes, contract, reorder, spread
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import dropout
-from lora_jax.ops.low_rank import SAVED
+from lora_jax.ops.low_rank import SAVED, reverse_mode_only
 from lora_jax.ops.many_fused import FusedMany, fused_product
 from lora_jax.ops.matrices import axis_sizes
 
@@ -77,13 +77,14 @@ def many_contract(
     Sums are float32 (float64 for float64); `scale` multiplies the thin one before it is rounded to `x`'s dtype.
     Differentiable in reverse mode by `x`, `w` and both stacks; `scale` has no gradient.
 
-    **Raises:** `ValueError` where kernels are asked for and can't run.
+    **Raises:** `ValueError` where kernels are asked for and can't run; `TypeError` in forward mode.
     """
     # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
     x, w, first, second, scale, index = _compat.vary_alike(x, w, first, second, scale, index)
     dropped = dropout(x.astype(compute_dtype(x)), key, spec.dropout_rate, spec.columns)
     has_dropout = key is not None and spec.dropout_rate > 0
-    return _whole(spec, many, has_dropout, name)(x, dropped, w, first, second, lax.stop_gradient(scale), index)
+    with reverse_mode_only():
+        return _whole(spec, many, has_dropout, name)(x, dropped, w, first, second, lax.stop_gradient(scale), index)
 
 
 def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:

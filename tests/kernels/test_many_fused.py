@@ -120,6 +120,12 @@ def test_a_weight_on_the_left():
     assert calls == [("forward", WHOLE)] * 2
 
 
+@pytest.mark.parametrize("selection", ["fused", "gathered", "masked"])
+def test_forward_mode_says_what_is_wrong(selection):
+    with reference_kernels.installed(), pytest.raises(TypeError, match="reverse-mode derivative only"):
+        jax.jvp(lambda x: contract(selection, x), (X,), (X,))
+
+
 def test_rows_with_weights_of_their_own_are_none_for_kernels():
     ws = np.stack([W, 2 * W, W, W])
 
