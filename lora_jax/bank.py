@@ -91,8 +91,9 @@ class AdapterBank:
         - `rank`: the largest rank that a slot can hold; each parameter's own in the plan if None.
         - `dtype`: of the factors. float32 to train; for serving the base's, which saves a cast at every call.
 
-        **Raises:** `ValueError` for no slots or no rank, or for DoRA, whose norms belong to one adapter; `TypeError`
-        for a dtype that is not floating point, or something else than sites.
+        **Raises:** `ValueError` for no slots or no rank, or for more than factors and copies (DoRA, whose norms belong
+        to one adapter, `lora_bias`, token rows); `TypeError` for a dtype that is not floating point, or something else
+        than sites.
         """
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
             raise ValueError(f"`slots={slots!r}` must be a positive whole number.")

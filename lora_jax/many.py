@@ -42,8 +42,8 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
     - `key`: turns dropout on; part `i` draws with `jax.random.fold_in(key, i)`.
 
     **Raises:** `ValueError` if the stack does not fit the plan, a batch cannot be cut into as many parts, an id is none
-    of the slots', or "fused" is asked of a product that the kernels can't compute. Traced ids are not looked at; beyond
-    the last slot, what they give is undefined.
+    of the slots', "fused" is asked of a product that the kernels can't compute, or something is split over explicit
+    axes of a mesh. Traced ids are not looked at; beyond the last slot, what they give is undefined.
     """
     if selection is not None and selection not in SELECTIONS:
         raise ValueError(f"`selection={selection!r}` is none of None, {', '.join(map(repr, SELECTIONS))}.")
@@ -61,6 +61,7 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
         ids = jnp.asarray(ids)
         if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"`ids` must be (n,) integers, got {ids.dtype} {ids.shape}: `bank.ids([...])` gives them.")
+        _refuse_explicit((params, stack, ids, args, kwargs))
         parts = _Parts(ids.shape[0], (args, kwargs), (in_axes, 0))
 
         def one(index: Any, own_key: Any, values: Any) -> Any:
@@ -85,6 +86,18 @@ def apply_many(fn: Callable[..., Any], plan: Plan, *, selection: str | None = No
         return jax.tree.map(_joined, out, axes, is_leaf=_is_none)
 
     return many
+
+
+def _refuse_explicit(operands: Any) -> None:
+    """Raises where something is split over explicit axes: how the chosen factors are split no type says."""
+    for leaf in jax.tree.leaves(operands):
+        sharding = _compat.explicit_sharding(leaf) if _compat.is_dynamic(leaf) else None
+        if sharding is not None and any(sharding.spec):
+            raise ValueError(
+                f"an operand of shape {tuple(leaf.shape)} is split over explicit axes of a mesh, {sharding.spec}: "
+                "`apply_many` can't follow them. Use a mesh whose axes are `jax.sharding.AxisType.Auto`, or call it "
+                "inside `jax.shard_map`."
+            )
 
 
 class _Parts:

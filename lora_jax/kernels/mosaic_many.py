@@ -105,7 +105,6 @@ def _product(
     sms = sms or mosaic_lora.multiprocessors()
     if interpret is None and mosaic_lora.in_one_kernel(k, rank):
         return adapted(x, w, down_t, up, transposed=transposed, sms=sms)
-    # K is not cut: its parts would be added by XLA for too few rows, which do not come here.
     thin = down(x, down_t, tuned.down_config(m, k, rank, sms), interpret=interpret)
     tail = up.swapaxes(1, 2) if transposed and in_ring(rank) else up
     config = gemm_config(m, k, n, rank, runs)

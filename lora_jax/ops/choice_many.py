@@ -37,7 +37,7 @@ def choose_many(
         why = _why_not(each, spec, matrices, runs, x, w, dropped, by_name=selection == FUSED)
         if why is None:
             assert isinstance(matrices, Matrices), matrices
-            reason = f"{each} can run, with the factors of {runs} rows"
+            reason = f"{each} can run, with the factors of {runs} row{'s' * (runs > 1)}"
             return record(Choice(each, {"xla": reason, **reasons}, matrices, name, sizes=matrices.mknr))
         reasons[each] = why
     if selection == FUSED:
@@ -47,14 +47,18 @@ def choose_many(
     return record(Choice("xla", reasons, name=name, sizes=mknr))
 
 
+def refuse_fused(what: str, selection: str | None, name: str) -> None:
+    """**Raises:** `ValueError` where "fused" was asked for, of what has no kernels."""
+    if selection == FUSED:
+        raise ValueError(f'`selection="fused"` can\'t run `{name}`: {what}. Use None.')
+
+
 def _why_not(
     each: str, spec: Contraction, matrices: Matrices | str, runs: int, x: Any, w: Any, dropped: bool, by_name: bool
 ) -> str | None:
     family = FAMILIES[each]
     if family.many is None:
         return "has no kernels for an adapter of each row"
-    if runs == 1:
-        return "there is one row"
     if dropped:
         return "its kernels for an adapter of each row have no dropout"
     # Where one adapter is faster by XLA, several are.

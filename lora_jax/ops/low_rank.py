@@ -8,8 +8,9 @@ several products with one `x`; a lone product is a group of one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,8 +125,15 @@ def _run(
         rate = 0.0 if seed is None else spec.dropout_rate
         fused = Fused(choices[0].implementation, matrices, rate, x.dtype, together=how is Sharing.TOGETHER)
     # Jitted, so that layers of one shape are traced, differentiated and lowered once between them.
-    try:
+    with reverse_mode_only():
         return _traced_once(_Product(spec, fused), *operands, seed)
+
+
+@contextlib.contextmanager
+def reverse_mode_only() -> Iterator[None]:
+    """**Raises:** `TypeError` that says what to do in the place of JAX's about a `custom_vjp`."""
+    try:
+        yield
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise

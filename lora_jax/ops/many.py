@@ -1,7 +1,7 @@
 """`y = x·W + scale[i]·(x·A[i])·B[i]`, where every row of a batch has an `i` of its own.
 
 Written for one row, and meant to be mapped: under `jax.vmap` over `x` and `i` the low-rank branch becomes one product
-of the batch, by one of two ways.
+of the batch, in one of three ways.
 
 gathered    copies the chosen factors, one pair for each row, and multiplies row by row. Little arithmetic, but a
             copy of rows·(K + N)·R numbers: right for long rows.
@@ -10,7 +10,7 @@ masked      multiplies every row by every slot's factors as one plain product, a
 fused       copies as `gathered` does, and computes the whole product by kernels (`many_fused`): for long rows, where
             there are such kernels.
 
-`W` is multiplied once for the whole batch in either way. Letters: K input features, N output features, R rank.
+`W` is multiplied once for the whole batch in any case. Letters: K input features, N output features, R rank.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
+from lora_jax import _compat
 from lora_jax.ops.choice import only_xla
-from lora_jax.ops.choice_many import FUSED, choose_many
-from lora_jax.ops.contract import Axes, contract, spread
+from lora_jax.ops.choice_many import FUSED, choose_many, refuse_fused
+from lora_jax.ops.contract import Axes, contract, reorder, spread
 from lora_jax.ops.contraction import Contraction, compute_dtype, wide
 from lora_jax.ops.dropout import dropout
+from lora_jax.ops.low_rank import SAVED, reverse_mode_only
 from lora_jax.ops.many_fused import FusedMany, fused_product
 from lora_jax.ops.matrices import axis_sizes
 
@@ -74,11 +77,14 @@ def many_contract(
     Sums are float32 (float64 for float64); `scale` multiplies the thin one before it is rounded to `x`'s dtype.
     Differentiable in reverse mode by `x`, `w` and both stacks; `scale` has no gradient.
 
-    **Raises:** `ValueError` where kernels are asked for and can't run.
+    **Raises:** `ValueError` where kernels are asked for and can't run; `TypeError` in forward mode.
     """
+    # Inside `shard_map` a custom derivative must give gradients that vary exactly as its arguments do.
+    x, w, first, second, scale, index = _compat.vary_alike(x, w, first, second, scale, index)
     dropped = dropout(x.astype(compute_dtype(x)), key, spec.dropout_rate, spec.columns)
     has_dropout = key is not None and spec.dropout_rate > 0
-    return _whole(spec, many, has_dropout, name)(x, dropped, w, first, second, lax.stop_gradient(scale), index)
+    with reverse_mode_only():
+        return _whole(spec, many, has_dropout, name)(x, dropped, w, first, second, lax.stop_gradient(scale), index)
 
 
 def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
@@ -100,7 +106,9 @@ def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
     def _(size: int, mapped: Any, *operands: Any) -> tuple[jax.Array, bool]:
         x, _, w, first, second, scale, index = operands
         if any(mapped[2:6]):  # a stack for each row: a `vmap` of somebody else's
-            only_xla("a product of rows with weights of their own", None, name)
+            what = "a product of rows with weights of their own"
+            refuse_fused(what, many.selection, name)
+            only_xla(what, None, name)
         else:
             x, index = (
                 value if own else jnp.broadcast_to(value, (size, *value.shape))
@@ -108,7 +116,8 @@ def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
             )
             fused = _fused(spec, many, x, w, first, has_dropout, name)
             if fused is not None:
-                return fused_product(fused, x, w, first, second, scale, index), True
+                y: Any = fused_product(fused, x, w, first, second, scale, index)
+                return reorder(y, fused.spec.y, (ROW, *spec.y)), True
         return jax.vmap(by_xla, in_axes=tuple(0 if own else None for own in mapped), axis_size=size)(*operands), True
 
     return product
@@ -117,8 +126,10 @@ def _whole(spec: Contraction, many: Many, has_dropout: bool, name: str) -> Any:
 def _fused(
     spec: Contraction, many: Many, x: jax.Array, w: jax.Array, first: jax.Array, has_dropout: bool, name: str
 ) -> FusedMany | None:
-    """The product of all rows on kernels, or None."""
-    rows = replace(spec, x=(ROW, *spec.x), y=(ROW, *spec.y))
+    """The product of all rows on kernels, its result with the axes of `x` first, or None."""
+    # A weight on the left gives them last; whoever wrote it so transposes back, and of two in a row XLA makes none.
+    y = (*(name for name in spec.y if name in spec.x), *(name for name in spec.y if name not in spec.x))
+    rows = replace(spec, x=(ROW, *spec.x), y=(ROW, *y))
     sizes = axis_sizes((rows.x, x.shape), (rows.w, w.shape), (many.first, first.shape))
     choice = choose_many(rows, sizes, x, w, many.selection, dropped=has_dropout, name=name)
     if choice.matrices is None:
@@ -206,7 +217,7 @@ def _not_of_the_base(y: jax.Array, many: Many, index: jax.Array) -> jax.Array:
 
 def _fwd(spec: Any, many: Any, x: Any, first: Any, second: Any, scale: Any, index: Any) -> Any:
     y, h = _forward(spec, many, x, first, second, scale, index)
-    return y, (x, first, second, scale, index, h)
+    return y, (x, first, second, scale, index, checkpoint_name(h, SAVED))
 
 
 def _bwd(spec: Contraction, many: Many, saved: Any, dy: jax.Array) -> Any:
@@ -231,8 +242,9 @@ def _taken(stack: Any, axes: Axes, index: jax.Array) -> jax.Array:
 
 
 def _summed(rows: jax.Array, shape: tuple[int, ...], axes: Axes, index: jax.Array) -> jax.Array:
-    """Gradients of rows added up in their slots of a stack. Those of the base are zero already."""
-    stack = jax.ShapeDtypeStruct(shape, rows.dtype)
+    """Gradients of rows added up in their slots of a stack; those of the base, which may be NaN, in none."""
+    rows = jnp.where((index >= 0).reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+    stack = _compat.vary_alike(jnp.zeros(shape, rows.dtype), rows)[0]
     return jax.linear_transpose(lambda stack: _taken(stack, axes, index), stack)(rows)[0]
 
 

@@ -136,9 +136,11 @@ def _bwd(fused: FusedMany, saved: Any, dy: Any) -> Any:
 
 
 def _gathered_back(fused: FusedMany, rows: jax.Array, axes: Axes, to: Axes, stack: Any, index: Any) -> jax.Array:
-    """Gradients of each row's factors (row, *axes), added up in their slots; those of the base are zero."""
+    """Gradients of each row's factors (row, *axes), added up in their slots; those of the base, which may be NaN, in
+    none."""
     sizes = axis_sizes((to, stack.shape))
-    slots = jnp.zeros((sizes[fused.slot], *rows.shape[1:]), rows.dtype).at[jnp.maximum(index, 0)].add(rows)
+    places = jnp.where(index >= 0, index, sizes[fused.slot])
+    slots = jnp.zeros((sizes[fused.slot], *rows.shape[1:]), rows.dtype).at[places].add(rows, mode="drop")
     named = (fused.slot, *axes)
     order = tuple(name for name in to if name in named)
     return (
@@ -152,7 +154,7 @@ fused_product.defvjp(_fwd, _bwd, symbolic_zeros=True)
 def _over_devices(fused: FusedMany, way: str, wants: Wants | None = None) -> Any:
     """`_forward` or `_backward` of whole operands."""
     m = fused.matrices
-    tokens = m.rows[1:]
+    tokens = tuple(name for name in m.rows if name != fused.row)
     w = m.w_axes
     if wants is None:
         local, by_xla = functools.partial(_forward, fused), functools.partial(_plain_forward, fused)
@@ -239,7 +241,12 @@ def _plain_backward(
         dx = pair(dy, fused.y, w, fused.matrices.w_axes, fused.x) + pair(g, thin_axes, a, fused.a, fused.x)
         found.append(dx.astype(x.dtype))
     if wants.a:
-        found.append(pair(x, fused.x, g, thin_axes, fused.a))
+        found.append(pair(x, fused.x, g, thin_axes, _there(fused, fused.a)).reshape(a.shape))
     if wants.b:
-        found.append(pair(h, thin_axes, dy, fused.y, fused.b))
+        found.append(pair(h, thin_axes, dy, fused.y, _there(fused, fused.b)).reshape(b.shape))
     return tuple(found)
+
+
+def _there(fused: FusedMany, axes: Axes) -> Axes:
+    """Without the axis of rows where there is only one, which data and results then lack."""
+    return tuple(name for name in axes if name != fused.row or name in fused.matrices.rows)

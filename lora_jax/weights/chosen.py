@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lora_jax import _compat
 from lora_jax.ops.choice import only_xla
+from lora_jax.ops.choice_many import refuse_fused
 from lora_jax.ops.contract import contract
 from lora_jax.ops.many import SLOT, Many, many_contract, part_by_part
 from lora_jax.sites import Site
@@ -72,11 +73,13 @@ class Chosen(Running):
         return y.reshape(dot.out_shape)
 
     def conv(self, w: Virtual, x: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
+        refuse_fused("a convolution", self.selection, self.name)
         one = self.alone(w)
         return one.kind.conv(one, x, key, eqn)
 
     def ragged_dot(self, w: Virtual, x: jax.Array, sizes: jax.Array, key: Any, eqn: Any) -> jax.Array | None:
         """Part by part: JAX maps no `ragged_dot` over data alone."""
+        refuse_fused("a grouped product", self.selection, self.name)
         one = self.alone(w)
         keys = () if key is None else (key,)
 

@@ -298,3 +298,18 @@ def test_what_does_not_fit_is_refused():
     dora = lj.plan(model, params, TOKENS, config=config(target_modules=["heads"], use_dora=True))
     with pytest.raises(ValueError, match=r"a bank cannot hold: `heads.kernel` has heads/lora_magnitude_vector/kernel"):
         lj.AdapterBank.create(dora.sites, 2)
+
+
+@pytest.mark.parametrize("name, what", [("conv", "a convolution"), ("experts", "a grouped product")])
+def test_what_has_no_kernels_is_refused_by_name(name, what):
+    params, plan, bank, _ = setup(target_modules=[name])
+    with pytest.raises(ValueError, match=f"can't run `{name}.kernel`: {what}"):
+        lj.apply_many(model, plan, selection="fused")(params, bank.stack, bank.ids(IDS), TOKENS)
+
+
+def test_explicit_axes_of_a_mesh_are_refused():
+    params, plan, bank, _ = setup(target_modules=["heads"])
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.device_put(TOKENS, jax.NamedSharding(mesh, jax.P("d")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"shape \(6, 4\) is split over explicit axes of a mesh"):
+        lj.apply_many(model, plan)(params, bank.stack, bank.ids(IDS), split)

@@ -98,3 +98,16 @@ def automatic(name: str) -> None:
         # `run` is traced with whole operands as well.
         seen = {sizes for _, sizes in calls} - {(ROWS * TOKENS, K, ROWS, R, N)}
         assert seen == {local}, (name, seen)
+
+
+def manual() -> None:
+    """Inside `shard_map` a device has its row, and gradients of what all devices share are added up."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared, split = P(), P("d")
+    ins, outs = (split, shared, shared, shared, split, split), (split, split, shared, shared, shared)
+    for selection in ("fused", "gathered", "masked"):
+        with reference_kernels.installed() as calls:
+            mapped = jax.shard_map(run(selection), mesh=mesh, in_specs=ins, out_specs=outs)
+            check(jax.jit(mapped)(X, W, A, B, DY, IDS))
+            local = {(TOKENS, K, 1, R, N)} if selection == "fused" else set()
+            assert {sizes for _, sizes in calls} == local, (selection, calls)

@@ -15,7 +15,7 @@ HOW = {
     "automatic": f"{EACH.format(module='sharded', how='automatic')}\nsharded.manual()\nsharded.no_names()",
     "explicit": f"{EACH.format(module='sharded', how='explicit')}\nsharded.lowered_for_cuda()",
     "automatic group": EACH.format(module="sharded_group", how="automatic"),
-    "automatic many": EACH.format(module="many_stacks", how="automatic"),
+    "automatic many": f"{EACH.format(module='many_stacks', how='automatic')}\nmany_stacks.manual()",
     "explicit group": EACH.format(module="sharded_group", how="explicit"),
 }
 
