@@ -9,122 +9,37 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lora_jax.cli import main
 from lora_jax.cli._shards import parse_size
+from tests.cli.merge_models import (
+    LOGITS,
+    R4,
+    bert,
+    edit_adapter,
+    edit_json,
+    gpt2,
+    llama,
+    load,
+    merge,
+    outputs,
+    save_pair,
+    spread,
+    vit,
+    whole,
+)
+from tests.cli.merge_models import one_thread as one_thread  # fixtures
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-LOGITS = 1e-5  # float32 logits of order one; a dropped or half-scaled adapter moves them by 1e-2 and more
-WORDS = 48
 # peft says so whenever it meets a Conv1D, a tied table or a modules_to_save, which is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def llama(tie=False):
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=WORDS,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tie,
-        )
-    )
-
-
-def gpt2(kind="GPT2LMHeadModel"):
-    config = transformers.GPT2Config(vocab_size=WORDS, n_positions=16, n_embd=32, n_layer=2, n_head=4)
-    return getattr(transformers, kind)(config)
-
-
-def bert():
-    config = transformers.BertConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        image_size=16,
-        patch_size=4,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-def outputs(model):
-    model.eval()
-    ids = torch.arange(24).reshape(2, 12) * 7 % WORDS
-    image = torch.sin(torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16) / 9.0)
-    with torch.no_grad():
-        out = model(image if model.config.model_type == "vit" else ids)
-    return (out.logits if "logits" in out else out.last_hidden_state).float().numpy()
-
-
-def spread(model):
-    """Spreads the parameters, so that norms, biases and positions take part in the logits."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def save_pair(tmp_path, model, config, shard="5GB"):
-    """A base directory and a random adapter of it. **Returns:** the logits (adapted, base)."""
-    spread(model).save_pretrained(tmp_path / "base", max_shard_size=shard)
-    base = outputs(model)
-    adapted = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                # peft draws an embedding's factors ten times larger than the others'.
-                parameter.mul_(0.1 if "lora_embedding" in name else 1.0)
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "adapter")
-    want = outputs(adapted)
-    assert np.abs(want - base).max() > 1e-2  # a dropped adapter would be noticed
-    return want, base
-
-
-def merge(tmp_path, *options):
-    return main(["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), *options])
-
-
-def load(tmp_path, kind, **options):
-    """Loads the merged model, and allows no missing or unexpected key."""
-    model, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True, **options)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    return model
-
-
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-R4 = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
 CASES = {
     "llama": (llama, dict(target_modules=LINEARS)),
     "llama patterns": (
@@ -324,20 +239,6 @@ def test_an_equal_change_to_both_sides_stays_tied(tmp_path, saved):
     assert np.abs(outputs(merged) - want).max() <= LOGITS
 
 
-def test_an_interrupt_leaves_nothing(good, tmp_path):
-    from lora_jax.cli.merge import merge_directories
-
-    def stop(shard):
-        assert list(tmp_path.glob(".out.*/model-00001-of-*.safetensors"))
-        raise KeyboardInterrupt
-
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(KeyboardInterrupt):
-        merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", wrote=stop)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_what_is_copied(tmp_path):
     torch.manual_seed(0)
     save_pair(tmp_path, llama(), peft.LoraConfig(**R4, target_modules=["q_proj"]))
@@ -363,172 +264,6 @@ def test_what_is_copied(tmp_path):
         "1_Pooling/config.json",
     }
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A sharded base and an adapter, to be copied and spoilt."""
-    path = tmp_path_factory.mktemp("good")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(**R4, target_modules=["q_proj", "v_proj"])
-    save_pair(path, llama(), config, "20KB")
-    return path
-
-
-P = "base_model.model."
-Q1 = P + "model.layers.1.self_attn.q_proj"
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
-def _truncate(name):
-    def change(d):
-        path = next(d.glob(name))
-        path.write_bytes(path.read_bytes()[:-7])
-
-    return change
-
-
-def _json(name, **changes):
-    def change(d):
-        values = json.loads((d / name).read_text())
-        (d / name).write_text(json.dumps({k: v for k, v in {**values, **changes}.items() if v is not ...}))
-
-    return change
-
-
-def _tensors(name, edit):
-    def change(d):
-        path = next(d.glob(name))
-        tensors = load_file(path)
-        edit(tensors)
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"format": "pt"})
-
-    return change
-
-
-def _adapter(edit):
-    return _tensors(ADAPTER, edit)
-
-
-def _nan(tensors):
-    tensors[Q1 + ".lora_A.weight"][0, 0] = np.nan
-
-
-def _in_index(d, change):
-    path = d / "base" / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-def _drop_base_tensor(d):
-    """Removes a tensor from both its shard and the index."""
-    name = "model.layers.1.self_attn.q_proj.weight"
-    index = json.loads((d / "base" / "model.safetensors.index.json").read_text())
-    _tensors(f"base/{index['weight_map'][name]}", lambda t: t.pop(name))(d)
-    _in_index(d, lambda m: m.pop(name))
-
-
-def _integer_base(d):
-    name = "model.layers.1.self_attn.q_proj.weight"
-    index = json.loads((d / "base" / "model.safetensors.index.json").read_text())
-    _tensors(f"base/{index['weight_map'][name]}", lambda t: t.update({name: t[name].astype(np.int8)}))(d)
-
-
-def _eighth_precision_base(d):
-    name = "model.layers.1.self_attn.q_proj.weight"
-    index = json.loads((d / "base" / "model.safetensors.index.json").read_text())
-    kind = ml_dtypes.float8_e4m3fn
-    _tensors(f"base/{index['weight_map'][name]}", lambda t: t.update({name: t[name].astype(kind)}))(d)
-
-
-BAD = {
-    "truncated adapter": (_truncate(ADAPTER), "damaged"),
-    "truncated shard": (_truncate("base/model-00003-*.safetensors"), "damaged"),
-    "unknown key": (
-        _adapter(lambda t: t.update({P + "model.layers.0.x": np.ones(3)})),
-        "0.x (3,) would overwrite",
-    ),
-    "stray base tensor": (
-        _adapter(lambda t: t.update({P + "lm_head.weight": np.ones((48, 32))})),
-        "(48, 32) would",
-    ),
-    "no B": (_adapter(lambda t: t.pop(Q1 + ".lora_B.weight")), "no lora_B"),
-    "module without factors": (
-        _adapter(lambda t: [t.pop(f"{Q1}.lora_{x}.weight") for x in "AB"]),
-        "model.layers.1.self_attn.q_proj. If that is meant so, pass --partial",
-    ),
-    "wrong in": (
-        _adapter(lambda t: t.update({Q1 + ".lora_A.weight": np.ones((4, 31), np.float32)})),
-        "is (32, 32) in the base, but A (4, 31) and B (32, 4) make (32, 31)",
-    ),
-    "transposed": (_adapter(lambda t: t.update({Q1 + ".lora_A.weight": t[Q1 + ".lora_A.weight"].T})), "on a rank"),
-    "NaN, met in a later shard": (_adapter(_nan), "not finite"),
-    "unknown layer": (
-        _adapter(
-            lambda t: [
-                t.update({f"{P}model.layers.9.self_attn.q_proj.lora_{x}.weight": t[f"{Q1}.lora_{x}.weight"]})
-                for x in "AB"
-            ]
-        ),
-        "the base lacks 1 of the 5 tensors",
-    ),
-    "another adapter": (_json("adapter/adapter_config.json", peft_type="IA3"), "'IA3'"),
-    "pissa": (
-        _json("adapter/adapter_config.json", init_lora_weights="pissa"),
-        "path_initial_model_for_weight_conversion",
-    ),
-    "alora": (_json("adapter/adapter_config.json", alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
-    "qalora": (
-        _json("adapter/adapter_config.json", use_qalora=True),
-        "`use_qalora=True` is not supported here; `lora_torch.load_peft` reads it",
-    ),
-    "replication": (_json("adapter/adapter_config.json", layer_replication=[[0, 2]]), "layer_replication"),
-    "a key from the future": (_json("adapter/adapter_config.json", use_magic=True), "use_magic=True"),
-    "quantised": (_json("base/config.json", quantization_config={"bits": 4}), "quantised"),
-    "int8": (_integer_base, "int8"),
-    "float8": (_eighth_precision_base, "F8_E4M3"),
-    "missing base tensor": (_drop_base_tensor, "the base lacks 1 of the 4 tensors"),
-    "missing shard": (lambda d: next((d / "base").glob("*-00002-*")).unlink(), "is missing"),
-    "index disagrees": (lambda d: _in_index(d, lambda m: m.popitem()), "disagrees"),
-    "index leads elsewhere": (
-        lambda d: _in_index(d, lambda m: m.update({"model.norm.weight": "../x.safetensors"})),
-        "not the name of a shard",
-    ),
-    "no index": (lambda d: (d / "base/model.safetensors.index.json").unlink(), "holds neither"),
-    "no base": (lambda d: shutil.rmtree(d / "base"), "not a Hugging Face model directory"),
-    "no adapter": (lambda d: shutil.rmtree(d / "adapter"), "not a directory"),
-    "out exists": (lambda d: (d / "out").mkdir(), "exists already"),
-    "bad config.json": (lambda d: (d / "base/config.json").write_text("{"), "not valid JSON"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_refuses_and_leaves_nothing(good, tmp_path, capsys, case):
-    spoil, told = BAD[case]
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    spoil(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    assert merge(tmp_path) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1 and "Traceback" not in error, error
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_unspoilt_pair_merges(good, tmp_path):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    assert merge(tmp_path) == 0
-
-
-def test_partial_accepts_missing_modules(good, tmp_path):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    BAD["module without factors"][0](tmp_path)
-    assert merge(tmp_path, "--partial") == 0
-    base, out = (transformers.LlamaForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("base", "out"))
-    changed = {name for name in base if not torch.equal(base[name], out[name])}
-    assert changed == {
-        f"model.layers.{n}.weight" for n in ("0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.v_proj")
-    }
 
 
 TOKEN_ROWS = {
@@ -557,14 +292,9 @@ def test_token_rows(tmp_path, case):
     # A wrong row would not go unnoticed, and one that the base does not have is told.
     shutil.rmtree(tmp_path / "out")
     moved = [changed[0] + 1, *changed[1:]] if isinstance(rows, list) else {k: [3, v[1]] for k, v in rows.items()}
-    _json("adapter/adapter_config.json", trainable_token_indices=moved)(tmp_path)
+    edit_json("adapter/adapter_config.json", trainable_token_indices=moved)(tmp_path)
     assert merge(tmp_path) == 0
     assert np.abs(outputs(load(tmp_path, type(model))) - want).max() > 100 * LOGITS
-
-
-def whole(directory):
-    """The tensors of all shards."""
-    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def test_token_rows_that_do_not_fit(tmp_path, capsys):
@@ -577,7 +307,7 @@ def test_token_rows_that_do_not_fit(tmp_path, capsys):
         ([1], "is (2, 32), for the 1 rows"),
         ([1, 1], "trains a row twice, [1, 1]"),
     ):
-        _json("adapter/adapter_config.json", trainable_token_indices=rows)(tmp_path)
+        edit_json("adapter/adapter_config.json", trainable_token_indices=rows)(tmp_path)
         assert merge(tmp_path) == 2
         assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
     # The same rows from two sides: a copy of the tied head, and one of the table.
@@ -586,46 +316,9 @@ def test_token_rows_that_do_not_fit(tmp_path, capsys):
     for module, tied in (("lm_head", True), ("model.embed_tokens", False)):
         shutil.rmtree(tmp_path / "adapter")
         shutil.copytree(plain, tmp_path / "adapter")
-        _json("base/config.json", tie_word_embeddings=tied)(tmp_path)
+        edit_json("base/config.json", tie_word_embeddings=tied)(tmp_path)
         saved = dict(modules_to_save=[module.split(".")[-1]], trainable_token_indices=[1, 2])
-        _json("adapter/adapter_config.json", **saved)(tmp_path)
-        _adapter(lambda t, m=module: t.update({f"base_model.model.{m}.weight": table}))(tmp_path)
+        edit_json("adapter/adapter_config.json", **saved)(tmp_path)
+        edit_adapter(lambda t, m=module: t.update({f"base_model.model.{m}.weight": table}))(tmp_path)
         assert merge(tmp_path) == 2
         assert "two values for one row" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_float16_overflow_is_refused(tmp_path, capsys):
-    torch.manual_seed(0)
-    save_pair(tmp_path, llama().half(), peft.LoraConfig(**R4, target_modules=["q_proj"]))
-    _adapter(lambda t: t.update({Q1 + ".lora_B.weight": 1e7 * t[Q1 + ".lora_B.weight"]}))(tmp_path)
-    assert merge(tmp_path) == 2
-    assert "float16" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_out_inside_the_base(good, tmp_path, capsys):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "base" / "out")]) == 2
-    assert "inside" in capsys.readouterr().err
-
-
-def test_a_headless_adapter_on_a_classifier_says_what_to_do(tmp_path, capsys):
-    """An adapter of a BertForSequenceClassification on a plain BertModel: its head has no place there."""
-    torch.manual_seed(0)
-    model = bert()
-    save_pair(tmp_path, model, peft.LoraConfig(**R4, target_modules=["query"], task_type="SEQ_CLS"))
-    shutil.rmtree(tmp_path / "base")
-    transformers.BertModel(model.config).save_pretrained(tmp_path / "base")
-    assert merge(tmp_path) == 2
-    error = capsys.readouterr().err
-    assert "classifier.weight" in error and "save the base from that class first" in error
-
-
-def test_missing_modules_are_seen_through_a_prefix(tmp_path, capsys):
-    torch.manual_seed(0)
-    spread(gpt2("GPT2Model")).save_pretrained(tmp_path / "base")
-    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
-    peft.get_peft_model(model, peft.LoraConfig(**R4, target_modules=["c_attn"])).save_pretrained(tmp_path / "adapter")
-    gone = [f"{P}transformer.h.1.attn.c_attn.lora_{x}.weight" for x in "AB"]
-    _adapter(lambda t: [t.pop(key) for key in gone])(tmp_path)
-    assert merge(tmp_path) == 2
-    assert "targets 1 modules" in (error := capsys.readouterr().err) and "transformer.h.1.attn.c_attn." in error
