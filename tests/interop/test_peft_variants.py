@@ -24,8 +24,8 @@ import lora_jax as lj  # noqa: E402
 from lora_jax.sites import LORA_BIAS, MAGNITUDE  # noqa: E402
 from lora_torch import config_for, load_peft, plan_peft, save_peft, to_torch_state_dict  # noqa: E402
 from tests.interop import peft_models  # noqa: E402
+from tests.interop.layout_toys import TOYS, conv, experts_stacked, numbers, outputs, scanned, torch_base  # noqa: E402
 from tests.interop.peft_models import agree, random_adapter  # noqa: E402
-from tests.interop.test_peft_layouts import TOYS, conv, experts_stacked, numbers, outputs, scanned, torch_base  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own deprecations
 
