@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
 
 from lora_jax import peft  # noqa: E402
-from tests.front_ends.test_peft_names import BOTH, X, base, config  # noqa: E402
+from tests.front_ends.peft_mlp import BOTH, X, base, config  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft warns of its own deprecations
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("peft")
 
 from lora_jax import peft  # noqa: E402
-from tests.front_ends.test_peft_names import BOTH, X, base  # noqa: E402
+from tests.front_ends.peft_mlp import BOTH, X, base  # noqa: E402
 from tests.interop.test_peft_port import outputs, torch_twin  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # both warn of what they do beside what was asked
