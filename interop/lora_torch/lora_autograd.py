@@ -8,6 +8,7 @@ The Triton counterpart is `triton_linear.LoRATritonFunction`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -111,6 +112,18 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or kind not in _WITH_AUTOCAST or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def as_they_are(t: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Inside, operations on the device of `t` keep the dtypes of their operands, also where autocast is on.
+
+    A backward pass may run under another autocast than its forward pass, and operations in place do not follow one.
+    """
+    # A graph that is compiled has both passes under one autocast, and their operands in its dtype.
+    as_is = not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling()
+    if as_is or compute_dtype(t) == t.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

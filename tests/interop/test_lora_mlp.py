@@ -121,6 +121,19 @@ def test_autocast_and_other_dtypes():
     assert x.grad.dtype == torch.float32 and mlp.up_proj.lora_A.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_a_backward_pass_under_autocast(use_triton):
+    mlp = adapted(SwiGLU(), use_triton=use_triton)
+    x, dy = tensors(5, K, n=K)
+    factors = [p for p in mlp.parameters() if p.requires_grad]
+    want = torch.autograd.grad(mlp(x), [x, *factors], dy)
+    y = fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = torch.autograd.grad(y, [x, *factors], dy)
+    for one, other in zip(found, want, strict=True):
+        assert one.dtype == torch.float32 and relative(one, other) <= TOLERANCE and other.any()
+
+
 def test_a_real_model():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -173,3 +186,6 @@ def test_what_a_call_refuses():
     with pytest.raises(ValueError, match="some projections of this MLP were made with use_triton and some without"):
         other = adapted(SwiGLU(), use_triton=True)
         fused_lora_swiglu_mlp(mlp.gate_proj, other.up_proj, mlp.down_proj, torch.ones(2, K))
+    mlp.down_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="down_proj: weight or bias are to be trained, so this MLP cannot run fused"):
+        fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, torch.ones(2, K))
