@@ -217,7 +217,11 @@ def _autocasts(x: torch.Tensor) -> bool:
 
 def is_trained(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the base waits for gradients, which the functions of a whole layer do not compute."""
-    return (weight.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled()
+    if not weight.requires_grad and (bias is None or not bias.requires_grad):
+        return False
+    # No leaf is a view of FSDP's, which asks for gradients if any part of its flat parameter does.
+    waiting = [each for each in (weight, bias) if each is not None and each.requires_grad and each.is_leaf]
+    return bool(waiting) and torch.is_grad_enabled()
 
 
 class TritonLinearLoRA(LinearLoRA):
