@@ -234,9 +234,16 @@ def by_library(
     That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
     """
     if drop:
-        part = up(h, b, bias, drop)
+        return up(h, b, bias, drop).addmm_(x, w)
+    import torch
+
+    # Not by `mm` and `addmm`, whose results checkpointing may keep (`create_selective_checkpoint_contexts`): they are
+    # not to be changed then.
+    part = h.new_empty(h.shape[0], b.shape[1])
+    if bias is None:
+        part.addmm_(h, b, beta=0)
     else:
-        part = h.mm(b) if bias is None else bias.addmm(h, b)
+        torch.addmm(bias, h, b, out=part)
     return part.addmm_(x, w)
 
 

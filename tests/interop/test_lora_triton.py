@@ -1,5 +1,6 @@
 """The adapted linear on the Triton kernels, run by Triton's interpreter. On a GPU: `test_lora_gpu.py`."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 from lora_torch.lora import LoRATritonFunction, patch_linear_module  # noqa: E402
 from lora_torch.triton_linear import lora_linear  # noqa: E402
@@ -76,6 +78,22 @@ def test_only_what_is_wanted():
     made.lora_A.requires_grad_(False)
     made(x.detach()).backward(dy)
     assert made.lora_A.weight.grad is None and made.lora_B.weight.grad.any() and x.grad is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_checkpoints_that_keep_products(bias):
+    """What the policy keeps of a layer, nobody may change after."""
+    made = layer(bias=bias)
+    x, dy = tensors(2, 5, 24, n=40)
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    y = checkpoint(
+        lambda x: made(x).mul(2),
+        x,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, products),
+    )
+    y.backward(dy / 2)
+    check({"y": y / 2, "x": x.grad, "a": made.lora_A.weight.grad, "b": made.lora_B.weight.grad}, made, x, dy, SCALE)
 
 
 # The second layer of a model under autocast has the dtype of the first one's result, and a weight of its own.
