@@ -96,7 +96,7 @@ def check_branch(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, res: torch.T
 
 def forward_rows(x, w, bias, a, b, scale: float) -> torch.Tensor:
     """`x @ w.T + bias + scale * (x @ a.T) @ b.T`: (M, K), (N, K), (N,), (R, K), (N, R) -> (M, N)."""
-    return F.linear(x, w, bias).addmm_(F.linear(x, a) * scale, b.T)
+    return changeable(x, w.T, bias).addmm_(F.linear(x, a) * scale, b.T)
 
 
 def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
@@ -104,6 +104,19 @@ def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
     g = (dy @ b) * scale
     dx = (dy @ w).addmm_(g, a) if wants_x else None
     return dx, g.T @ x, dy.T @ (F.linear(x, a) * scale)
+
+
+def changeable(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1) -> torch.Tensor:
+    """`scale * x @ w + bias`: (M, K), (K, N), (N,) -> (M, N), of one dtype, in a tensor that may be added to in place.
+
+    Not by `mm` or `addmm`: their results checkpointing may keep (`create_selective_checkpoint_contexts`).
+    """
+    # What is multiplied by beta=0 is not read by torch, but may be by what a compiler makes of it.
+    blank = x.new_zeros if torch.compiler.is_compiling() else x.new_empty
+    out = blank(x.shape[0], w.shape[1])
+    if bias is None:
+        return out.addmm_(x, w, beta=0, alpha=scale)
+    return torch.addmm(bias, x, w, alpha=scale, out=out)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -233,17 +233,9 @@ def by_library(
 
     That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
     """
-    if drop:
-        return up(h, b, bias, drop).addmm_(x, w)
-    import torch
+    from .lora_autograd import changeable
 
-    # Not by `mm` and `addmm`, whose results checkpointing may keep (`create_selective_checkpoint_contexts`): they are
-    # not to be changed then.
-    part = h.new_empty(h.shape[0], b.shape[1])
-    if bias is None:
-        part.addmm_(h, b, beta=0)
-    else:
-        torch.addmm(bias, h, b, out=part)
+    part = up(h, b, bias, drop) if drop else changeable(h, b, bias)
     return part.addmm_(x, w)
 
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from . import triton_ops as ops
-from .lora_autograd import as_they_are, check_branch, compute_dtype, rows, unflattened
+from .lora_autograd import as_they_are, changeable, check_branch, compute_dtype, rows, unflattened
 from .lora_making import is_distributed
 
 
@@ -217,6 +217,4 @@ def _down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: to
     """`scale * drop(x) @ a`, rounded once: (M, K), (K, R) -> (M, R)."""
     if words is not None:
         return ops.down(x, a, scale, rate, words)
-    # What is multiplied by beta=0 is not read by torch, but may be by what a compiler makes of it.
-    blank = x.new_zeros if torch.compiler.is_compiling() else x.new_empty
-    return blank(x.shape[0], a.shape[1]).addmm_(x, a, beta=0, alpha=scale)
+    return changeable(x, a, scale=scale)

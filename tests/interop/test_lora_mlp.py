@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 from lora_torch.lora import PeftConfig, apply_lora_to_linear_modules  # noqa: E402
 from lora_torch.mlp import (  # noqa: E402
@@ -132,6 +133,19 @@ def test_a_backward_pass_under_autocast(use_triton):
         found = torch.autograd.grad(y, [x, *factors], dy)
     for one, other in zip(found, want, strict=True):
         assert one.dtype == torch.float32 and relative(one, other) <= TOLERANCE and other.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_checkpoints_that_keep_products(bias):
+    mlp = adapted(SwiGLU(bias=bias))
+    x, dy = tensors(5, K, n=K)
+    want = torch.autograd.grad(mlp(x), x, dy)[0]
+    install_fused_lora_mlp(nn.Sequential(mlp))
+    keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    y = checkpoint(
+        lambda x: mlp(x).mul(2), x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep)
+    )
+    assert relative(torch.autograd.grad(y, x, dy / 2)[0], want) <= TOLERANCE and want.any()
 
 
 def test_a_real_model():
