@@ -150,6 +150,13 @@ def test_autocast():
     y.backward(dy.bfloat16())
     assert made.lora_A.weight.grad is not None and made.lora_A.weight.grad.dtype == torch.float32
     check({"y": y}, made, x.detach().bfloat16(), dy.bfloat16(), SCALE)
+    # Autograd's own thread, which hears of autocast: what was computed in float32 stays so.
+    x.grad = None
+    made.zero_grad()
+    y = made(x)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y.backward(dy)
+    check({"y": y, "x": x.grad, "a": made.lora_A.weight.grad, "b": made.lora_B.weight.grad}, made, x, dy, SCALE)
 
 
 def test_nothing_waits_for_the_gpu():
