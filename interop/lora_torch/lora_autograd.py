@@ -8,6 +8,7 @@ The Triton counterpart is `triton_linear.LoRATritonFunction`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def check_branch(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, res: torch.T
 
 def forward_rows(x, w, bias, a, b, scale: float) -> torch.Tensor:
     """`x @ w.T + bias + scale * (x @ a.T) @ b.T`: (M, K), (N, K), (N,), (R, K), (N, R) -> (M, N)."""
-    return F.linear(x, w, bias).addmm_(F.linear(x, a) * scale, b.T)
+    return changeable(x, w.T, bias).addmm_(F.linear(x, a) * scale, b.T)
 
 
 def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
@@ -105,12 +106,37 @@ def backward_rows(dy, x, w, a, b, scale: float, wants_x: bool = True):
     return dx, g.T @ x, dy.T @ (F.linear(x, a) * scale)
 
 
+def changeable(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, scale: float = 1) -> torch.Tensor:
+    """`scale * x @ w + bias`: (M, K), (K, N), (N,) -> (M, N), of one dtype, in a tensor that may be added to in place.
+
+    Not by `mm` or `addmm`: their results checkpointing may keep (`create_selective_checkpoint_contexts`).
+    """
+    # What is multiplied by beta=0 is not read by torch, but may be by what a compiler makes of it.
+    blank = x.new_zeros if torch.compiler.is_compiling() else x.new_empty
+    out = blank(x.shape[0], w.shape[1])
+    if bias is None:
+        return out.addmm_(x, w, beta=0, alpha=scale)
+    return torch.addmm(bias, x, w, alpha=scale, out=out)
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes on `x`: autocast's where it is on (not for float64), else its own."""
     kind = x.device.type
     if x.dtype == torch.float64 or kind not in _WITH_AUTOCAST or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def as_they_are(t: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Inside, operations on the device of `t` keep the dtypes of their operands, also where autocast is on.
+
+    A backward pass may run under another autocast than its forward pass, and operations in place do not follow one.
+    """
+    # A graph that is compiled has both passes under one autocast, and their operands in its dtype.
+    as_is = not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling()
+    if as_is or compute_dtype(t) == t.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

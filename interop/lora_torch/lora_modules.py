@@ -215,6 +215,15 @@ def _autocasts(x: torch.Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def is_trained(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the base waits for gradients, which the functions of a whole layer do not compute."""
+    if not weight.requires_grad and (bias is None or not bias.requires_grad):
+        return False
+    # No leaf is a view of FSDP's, which asks for gradients if any part of its flat parameter does.
+    waiting = [each for each in (weight, bias) if each is not None and each.requires_grad and each.is_leaf]
+    return bool(waiting) and torch.is_grad_enabled()
+
+
 class TritonLinearLoRA(LinearLoRA):
     """`LinearLoRA` on the kernels of `lora_jax/kernels/triton_*`, forward and backward, with no dropout mask stored.
 
@@ -225,19 +234,24 @@ class TritonLinearLoRA(LinearLoRA):
     (dim numbers a token) is kept for the backward pass, which saves it one pass over `x`.
 
     **Raises:** when called, `RuntimeError` without a CUDA GPU (unless `TRITON_INTERPRET=1` is set before the first
-    import of triton), `TypeError` for other dtypes, `NotImplementedError` for a DTensor.
+    import of triton), `TypeError` for other dtypes, `NotImplementedError` for a DTensor or a base that is not frozen.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, a = self.weight, self.lora_A.weight
+        weight, bias, a = self.weight, self.bias, self.lora_A.weight
         self._check_input(x)
         require(self, x, weight, a)
         if self.use_dora or not self.base_is_plain:
             return super().forward(x)
+        if is_trained(weight, bias):
+            raise NotImplementedError(
+                f"{self.where}weight or bias are to be trained, and the Triton layer has no gradient for them: freeze "
+                "both with requires_grad_(False), or write use_triton=False"
+            )
         return lora_linear(
             x,
             weight,
-            self.bias,
+            bias,
             a,
             self.lora_B.weight,
             self.scale,

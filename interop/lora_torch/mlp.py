@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from . import lora_autograd as plain
 from . import triton_linear
 from .joining import joined
-from .lora_autograd import compute_dtype, rows, unflattened
+from .lora_autograd import as_they_are, compute_dtype, rows, unflattened
 from .lora_making import is_distributed
-from .lora_modules import LinearLoRA, TritonLinearLoRA
+from .lora_modules import LinearLoRA, TritonLinearLoRA, is_trained
 
 CHECKED_TOKENS = 16
 
@@ -30,7 +30,7 @@ def fused_lora_swiglu_mlp(gate: LinearLoRA, up: LinearLoRA, down: LinearLoRA, x:
     """`down(silu(gate(x)) * up(x))`: (..., in) -> (..., out). Bases stay frozen, biases included.
 
     **Raises:** `ValueError` that names a projection and why it cannot take part: not adapted, DoRA, active dropout, a
-    quantised base, hooks, a DTensor, or Triton in one and not in another.
+    quantised base or one that is not frozen, hooks, a DTensor, or Triton in one and not in another.
     """
     return _fused(_swiglu, _swiglu_gradient, x, gate, up, down)
 
@@ -97,20 +97,25 @@ class LoRAMLPFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        act, act_gradient, triton, scales = ctx.rest
-        _, backward_rows = _products(triton)
-        count = len(scales)
-        x, *saved = ctx.saved_tensors
-        inner, tensors = saved[: count - 1], saved[count - 1 :]
-        weights = [(*tensors[3 * i : 3 * i + 3], scales[i]) for i in range(count)]
-        d_hidden, *d_down = backward_rows(rows(grad_outputs[0]), act(*inner), *weights[-1])
-        gradients, dx = [], None
-        for d_inner, projection in zip(act_gradient(d_hidden, *inner), weights, strict=False):
-            part, *d_factors = backward_rows(d_inner, rows(x), *projection, ctx.needs_input_grad[0])
-            dx = part if dx is None else dx.add_(part)
-            gradients += [None, None, *d_factors, None]
-        dx = None if dx is None else dx.reshape(x.shape)
-        return dx, None, None, None, *gradients, None, None, *d_down, None
+        with as_they_are(grad_outputs[0]):
+            return _gradients(ctx, grad_outputs[0])
+
+
+def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    act, act_gradient, triton, scales = ctx.rest
+    _, backward_rows = _products(triton)
+    count = len(scales)
+    x, *saved = ctx.saved_tensors
+    inner, tensors = saved[: count - 1], saved[count - 1 :]
+    weights = [(*tensors[3 * i : 3 * i + 3], scales[i]) for i in range(count)]
+    d_hidden, *d_down = backward_rows(rows(dy), act(*inner), *weights[-1])
+    gradients, dx = [], None
+    for d_inner, projection in zip(act_gradient(d_hidden, *inner), weights, strict=False):
+        part, *d_factors = backward_rows(d_inner, rows(x), *projection, ctx.needs_input_grad[0])
+        dx = part if dx is None else dx.add_(part)
+        gradients += [None, None, *d_factors, None]
+    dx = None if dx is None else dx.reshape(x.shape)
+    return dx, None, None, None, *gradients, None, None, *d_down, None
 
 
 def _swiglu(e: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -155,6 +160,8 @@ def _reason(projection: nn.Module) -> str | None:
         return f"dropout={projection.dropout_p} is active"
     if not projection.base_is_plain:
         return "the base has a forward of its own"
+    if is_trained(projection.weight, projection.bias):
+        return "weight or bias are to be trained"
     if projection._forward_pre_hooks or projection._forward_hooks or projection._backward_hooks:
         return "it has hooks, which would not run"
     if is_distributed(projection.weight) or is_distributed(projection.lora_A.weight):

@@ -129,6 +129,7 @@ def up(
     Raises: as `down`.
     """
     threshold = drop.threshold if drop else 0
+    bias = _dense(bias)
     operands = _operands(h=h, b=b, bias=bias)
     t = h.new_empty(h.shape[0], b.shape[-1])
 
@@ -200,8 +201,8 @@ def hopper(
 ) -> Ready | None:
     """The launch of `triton_hopper_gemm` for the operands of `product`, or None where the library is the better way.
 
-    That is: on other GPUs, in float32, where rows do not begin at multiples of 16 bytes, and for fewer tiles than half
-    the multiprocessors, whose depth a library splits among those that would have none.
+    That is: on other GPUs, in float32, where rows do not begin at multiples of 16 bytes or the bias has gaps, and for
+    fewer tiles than half the multiprocessors, whose depth a library splits among those that would have none.
     """
 
     def plan() -> plans.Launch | None:
@@ -212,7 +213,7 @@ def hopper(
         )
         y = Matrix.row_major(x.shape[0], right.shape[1], x.element_size(), tma=True)
         lying = [*map(seen, (x, right, h, tail)), y]
-        if not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying):
+        if not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying) or bias is not _dense(bias):
             return None
         count = sms(x.device.index)
         launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
@@ -233,10 +234,9 @@ def by_library(
 
     That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
     """
-    if drop:
-        part = up(h, b, bias, drop)
-    else:
-        part = h.mm(b) if bias is None else bias.addmm(h, b)
+    from .lora_autograd import changeable
+
+    part = up(h, b, bias, drop) if drop else changeable(h, b, bias)
     return part.addmm_(x, w)
 
 
@@ -266,6 +266,7 @@ def _gemm(
     config: GemmConfig | None,
 ) -> torch.Tensor:
     threshold = drop.threshold if drop else 0
+    bias = _dense(bias)
     operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
     y = x.new_empty(x.shape[0], w.shape[-1])
 
@@ -321,6 +322,11 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
 def _operands(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Those that are there."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The kernels know no stride of a bias."""
+    return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 
 
 def _float32() -> torch.dtype:

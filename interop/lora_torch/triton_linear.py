@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from . import triton_ops as ops
-from .lora_autograd import check_branch, compute_dtype, rows, unflattened
+from .lora_autograd import as_they_are, changeable, check_branch, compute_dtype, rows, unflattened
 from .lora_making import is_distributed
 
 
@@ -77,7 +77,8 @@ class LoRATritonFunction(torch.autograd.Function):
         check_branch(x, lora_A, lora_B, res)
         b = lora_B.to(dtype)
         h = ops.down(rows(x).to(dtype), lora_A.to(dtype).T, scale)
-        y = h @ b.T if res is None else torch.addmm(rows(res).to(dtype), h, b.T)
+        with as_they_are(h):
+            y = h @ b.T if res is None else torch.addmm(rows(res).to(dtype), h, b.T)
         return unflattened(y, x)
 
     @staticmethod
@@ -97,7 +98,8 @@ class LoRATritonFunction(torch.autograd.Function):
         dx = da = db = None
         if wants_x or wants_a:
             g = ops.down(d_flat, b, ctx.scale)
-            dx = (g @ a).to(x.dtype).reshape(x.shape) if wants_x else None
+            with as_they_are(g):
+                dx = (g @ a).to(x.dtype).reshape(x.shape) if wants_x else None
             da = ops.outer(g, flat, dtype=lora_A.dtype) if wants_a else None
         if wants_b:
             h = ops.down(flat, a.T, ctx.scale)
@@ -127,9 +129,11 @@ def lora_linear(
     **Raises:** what `triton_launch.check` raises.
     """
     # Of all devices at once, in a fraction of the time: of those that there are kernels for.
-    dtype = compute_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype
+    autocast = torch._C._is_any_autocast_enabled()
+    dtype = compute_dtype(x) if autocast else x.dtype
     words = _words(x.device) if rate else None
-    if dtype != x.dtype:
+    if autocast:
+        # Each by itself: `x` may have autocast's dtype already, from the layer before.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     # Not to be asked is faster for a tensor than to find that it has the dtype.
     if lora_A.dtype != dtype:
@@ -162,7 +166,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         # The refusal of second derivatives takes microseconds, which are for those who may ask for them.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return (_once if twice else _gradients)(ctx, grad_outputs[0])
+        with as_they_are(grad_outputs[0]):
+            return (_once if twice else _gradients)(ctx, grad_outputs[0])
 
 
 def _gradients(ctx: Any, dy: torch.Tensor):
@@ -212,6 +217,4 @@ def _down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: to
     """`scale * drop(x) @ a`, rounded once: (M, K), (K, R) -> (M, R)."""
     if words is not None:
         return ops.down(x, a, scale, rate, words)
-    # What is multiplied by beta=0 is not read by torch, but may be by what a compiler makes of it.
-    blank = x.new_zeros if torch.compiler.is_compiling() else x.new_empty
-    return blank(x.shape[0], a.shape[1]).addmm_(x, a, beta=0, alpha=scale)
+    return changeable(x, a, scale=scale)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 REMEMBERED = 4096  # kinds of calls. Each length of a sequence is one
 
 Operands = dict[str, "torch.Tensor | None"]
+Start = Callable[[list[Any], int], None]
 _known: dict[Hashable, Any] = {}
+_UNKNOWN = object()
 
 
 @overload
@@ -29,8 +31,10 @@ def ready(key: Hashable, plan: Callable[[], Launch]) -> Ready: ...
 def ready(key: Hashable, plan: Callable[[], Launch | None]) -> Ready | None: ...
 def ready(key: Hashable, plan: Callable[[], Launch | None]) -> Ready | None:
     """What was made for `key` before, else of `plan()`. The key says of each tensor how it `lies`."""
-    if key in _known:
-        return _known[key]
+    # One question: between two another thread may clear.
+    found = _known.get(key, _UNKNOWN)
+    if found is not _UNKNOWN:
+        return found
     planned = plan()
     if len(_known) >= REMEMBERED:
         _known.clear()
@@ -51,9 +55,8 @@ class Ready:
     def __init__(self, plan: Launch):
         self.plan = plan
         self.sum: Ready | None = None
-        self.start: Callable[[list[Any], int], None] | None = None
-        self.arguments: list[Any] = []
-        self.places: list[tuple[int, str, Callable[[Any], Any] | None]] = []
+        # What starts it, its arguments without tensors, and of each tensor the place, the name and how it is described.
+        self.compiled: tuple[Start, list[Any], list[tuple[int, str, Callable[[Any], Any] | None]]] | None = None
 
     def __call__(self, out: torch.Tensor, operands: Operands) -> torch.Tensor:
         """Fills `out`; `operands` are the other tensors by the names of their pointers, all on one device."""
@@ -69,14 +72,15 @@ class Ready:
             target = operands[plan.out] = out
         else:
             target = operands[plan.out] = out.new_empty(plan.parts * out.numel(), dtype=torch.float32)
-        if self.start is None:
+        if self.compiled is None:
             self._first(operands)
         else:
-            arguments = self.arguments.copy()
-            for at, name, described in self.places:
+            start, fixed, places = self.compiled
+            arguments = fixed.copy()
+            for at, name, described in places:
                 tensor = operands[name]
                 arguments[at] = tensor if described is None else described(tensor)
-            self.start(arguments, index)
+            start(arguments, index)
         if target is out:
             return out
         if self.sum is None:
@@ -94,16 +98,14 @@ class Ready:
         if compiled is None:  # the interpreter
             return
         names = [parameter.name for parameter in kernel.params]
-        self.arguments = [arguments[name] for name in names]
-        self.places = []
-        for at, name in enumerate(names):
-            if operands.get(name) is not None:
-                self.arguments[at] = None  # keeps no tensor alive
-                self.places.append((at, name, described.get(name)))
-        self.start = _starter(compiled, plan.programs)
+        given = {name for name in names if operands.get(name) is not None}
+        fixed = [None if name in given else arguments[name] for name in names]  # keeps no tensor alive
+        places = [(at, name, described.get(name)) for at, name in enumerate(names) if name in given]
+        # At once, since another thread may be here too, and a third one start what there is.
+        self.compiled = _starter(compiled, plan.programs), fixed, places
 
 
-def _starter(compiled: Any, programs: int) -> Callable[[list[Any], int], None]:
+def _starter(compiled: Any, programs: int) -> Start:
     """Starts a compiled kernel on the current stream of a device.
 
     As `compiled[programs, 1, 1](...)` does, which makes a record for the hooks of a profiler each time and calls them:

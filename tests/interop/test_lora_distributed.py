@@ -129,10 +129,13 @@ WRAPPERS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # of FSDP, on computing without an accelerator
+@pytest.mark.parametrize("use_triton", [False, True])
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
-def test_data_parallel_wrappers(mesh, wrapper):
+def test_data_parallel_wrappers(mesh, wrapper, use_triton):
     """They count the parameters when they wrap: an adapter is in their care before, and refused after."""
-    model, config = pair(), PeftConfig(["0", "2"], dim=4, alpha=7)
+    if use_triton:
+        pytest.importorskip("triton")
+    model, config = pair(), PeftConfig(["0", "2"], dim=4, alpha=7, use_triton=use_triton)
     apply_lora_to_linear_modules(model, config)
     randomise(model)
     x, dy = tensors(5, K, n=N)

@@ -1,5 +1,7 @@
 """The adapted linear on compiled Triton kernels: `pytest -m gpu tests/interop/test_lora_gpu.py`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -71,6 +73,9 @@ def test_the_product_for_hopper(dtype, m, k, n, r, with_bias):
         stored = launch.product(v["x"], w.T, v["h"], b.T, bias, transposed=True, config=HopperConfig())
         assert torch.equal(stored, got)
     assert relative(got, launch.by_library(v["x"], v["w"], v["h"], v["b"], bias)) < 0.02
+    if bias is not None:
+        gaps = torch.stack([bias, bias + 9], 1)[:, 0]
+        assert relative(launch.product(v["x"], w, v["h"], b, gaps, config=HopperConfig()), got) < 0.02
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -143,9 +148,18 @@ def test_autocast():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         y = made(x)
     assert y.dtype == torch.bfloat16
+    with torch.autocast("cuda", dtype=torch.bfloat16):  # of a second layer
+        assert torch.equal(made(x.bfloat16()), y)
     y.backward(dy.bfloat16())
     assert made.lora_A.weight.grad is not None and made.lora_A.weight.grad.dtype == torch.float32
     check({"y": y}, made, x.detach().bfloat16(), dy.bfloat16(), SCALE)
+    # Autograd's own thread, which hears of autocast: what was computed in float32 stays so.
+    x.grad = None
+    made.zero_grad()
+    y = made(x)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y.backward(dy)
+    check({"y": y, "x": x.grad, "a": made.lora_A.weight.grad, "b": made.lora_B.weight.grad}, made, x, dy, SCALE)
 
 
 def test_nothing_waits_for_the_gpu():
@@ -195,6 +209,18 @@ def test_profilers_see_every_kernel():
     seen = len(launches)
     run(made, x, dy)
     assert len(launches) == seen
+
+
+def test_threads():
+    """Threads that meet in the first call of a kind, and those that start what another has just compiled."""
+    a = torch.randn(168, 16, device="cuda").half()
+    xs = [torch.randn(333, 168, device="cuda").half() for _ in range(64)]
+    drop = launch.Drop.seeded(0.1, triton_problem.SEED, "cuda")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: launch.down(x, a, 2.0, drop), xs))
+    for x, h in zip(xs, found, strict=True):
+        assert torch.equal(h, launch.down(x, a, 2.0, drop))
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own

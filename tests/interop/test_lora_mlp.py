@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 from lora_torch.lora import PeftConfig, apply_lora_to_linear_modules  # noqa: E402
 from lora_torch.mlp import (  # noqa: E402
@@ -121,6 +122,32 @@ def test_autocast_and_other_dtypes():
     assert x.grad.dtype == torch.float32 and mlp.up_proj.lora_A.weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_a_backward_pass_under_autocast(use_triton):
+    mlp = adapted(SwiGLU(), use_triton=use_triton)
+    x, dy = tensors(5, K, n=K)
+    factors = [p for p in mlp.parameters() if p.requires_grad]
+    want = torch.autograd.grad(mlp(x), [x, *factors], dy)
+    y = fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = torch.autograd.grad(y, [x, *factors], dy)
+    for one, other in zip(found, want, strict=True):
+        assert one.dtype == torch.float32 and relative(one, other) <= TOLERANCE and other.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_checkpoints_that_keep_products(bias):
+    mlp = adapted(SwiGLU(bias=bias))
+    x, dy = tensors(5, K, n=K)
+    want = torch.autograd.grad(mlp(x), x, dy)[0]
+    install_fused_lora_mlp(nn.Sequential(mlp))
+    keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    y = checkpoint(
+        lambda x: mlp(x).mul(2), x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep)
+    )
+    assert relative(torch.autograd.grad(y, x, dy / 2)[0], want) <= TOLERANCE and want.any()
+
+
 def test_a_real_model():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -173,3 +200,6 @@ def test_what_a_call_refuses():
     with pytest.raises(ValueError, match="some projections of this MLP were made with use_triton and some without"):
         other = adapted(SwiGLU(), use_triton=True)
         fused_lora_swiglu_mlp(mlp.gate_proj, other.up_proj, mlp.down_proj, torch.ones(2, K))
+    mlp.down_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="down_proj: weight or bias are to be trained, so this MLP cannot run fused"):
+        fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, torch.ones(2, K))

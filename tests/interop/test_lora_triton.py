@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts  # noqa: E402
 
 from lora_torch.lora import LoRATritonFunction, patch_linear_module  # noqa: E402
 from lora_torch.triton_linear import lora_linear  # noqa: E402
@@ -76,6 +77,67 @@ def test_only_what_is_wanted():
     made.lora_A.requires_grad_(False)
     made(x.detach()).backward(dy)
     assert made.lora_A.weight.grad is None and made.lora_B.weight.grad.any() and x.grad is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_checkpoints_that_keep_products(bias):
+    """What the policy keeps of a layer, nobody may change after."""
+    made = layer(bias=bias)
+    x, dy = tensors(2, 5, 24, n=40)
+    keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    y = checkpoint(
+        lambda x: made(x).mul(2), x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep)
+    )
+    y.backward(dy / 2)
+    check({"y": y / 2, "x": x.grad, "a": made.lora_A.weight.grad, "b": made.lora_B.weight.grad}, made, x, dy, SCALE)
+
+
+# The second layer of a model under autocast has the dtype of the first one's result, and a weight of its own.
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16])
+def test_autocast(x_dtype):
+    made = layer()
+    x, dy = tensors(2, 5, 24, n=40, dtype=x_dtype)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = made(x)
+        y.backward(dy.half())
+    assert y.dtype == torch.float16
+    grads = {"x": x.grad, "a": made.lora_A.weight.grad, "b": made.lora_B.weight.grad}
+    for name, value in grads.items():
+        assert value.dtype == (x_dtype if name == "x" else torch.float32)
+    # In float16 all operands, so that the bounds are its.
+    check({"y": y, **grads}, made, x.detach().half(), dy.half(), SCALE)
+    with pytest.raises(TypeError, match=r"`x` is torch\.float64: the Triton kernels take"):
+        with torch.autocast("cpu", dtype=torch.float16):
+            made(x.double())
+
+
+def test_a_backward_pass_under_autocast():
+    """What was computed in float32 has its gradients in float32, in the full precision."""
+    made = layer()
+    x, dy = tensors(5, 24, n=40)
+    y = made(x)
+    a, b = made.lora_A.weight, made.lora_B.weight
+    with torch.autocast("cpu", dtype=torch.float16):
+        y.backward(dy)
+        low = LoRATritonFunction.apply(x, a, b, SCALE, torch.float32)
+        (dx,) = torch.autograd.grad(low, x, dy)
+    assert low.dtype == torch.float32
+    check({"y": y, "x": x.grad, "a": a.grad, "b": b.grad}, made, x, dy, SCALE)
+    check({"y": low + F.linear(x, made.weight, made.bias), "x": dx + dy @ made.weight}, made, x, dy, SCALE)
+
+
+def test_a_base_that_is_to_be_trained():
+    made = layer()
+    made.layer_name = "block.q_proj"
+    x, _ = tensors(3, 24, n=40)
+    for parameter in (made.weight, made.bias):
+        parameter.requires_grad_(True)
+        with pytest.raises(NotImplementedError, match=r"^block\.q_proj: weight or bias are to be trained"):
+            made(x)
+        with torch.no_grad():
+            y = made(x)
+        parameter.requires_grad_(False)
+        assert torch.equal(made(x), y)
 
 
 def kept(call) -> list[tuple[int, ...]]:

@@ -42,6 +42,17 @@ def test_a_layer_and_its_gradients(rate: float) -> None:
         assert reference.excess((gradient / SCALE).numpy(), want, bound) > 1, name
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_a_bias_with_gaps(rate: float) -> None:
+    v = operands("float32", 4, 8, 12, 2)
+    drop = launch.Drop.seeded(rate, SEED, "cpu") if rate else None
+    wide = v["bias"].repeat_interleave(2)
+    wide[1::2] = 9
+    for call in (launch.forward, launch.product, lambda x, w, *rest: launch.up(*rest)):
+        rest = v["x"], v["w"], v["h"], v["b"]
+        assert torch.allclose(call(*rest, wide[::2], drop), call(*rest, None, drop) + v["bias"], atol=1e-5)
+
+
 def test_shapes_are_checked() -> None:
     v = operands("float32", 4, 8, 12, 2)
     with pytest.raises(ValueError, match=r"dimension 1 of `x` and dimension 0 of `a` differ.*\(4, 8\).*\(12, 2\)"):
