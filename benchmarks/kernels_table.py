@@ -8,15 +8,16 @@ the last. Without `--write`, prints the tables.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.pages import RESULTS, Row, aligned, lines, renew  # noqa: E402
+
 BEGIN, END = "<!-- tables: benchmarks/kernels_table.py -->\n", "<!-- end of tables -->"
-Row = dict[str, Any]
 # Column heading -> (pass, row).
 COLUMNS = {
     "XLA LoRA, forward": ("forward", "XLA LoRA"),
@@ -31,9 +32,7 @@ COLUMNS = {
 def read(path: Path) -> list[Row]:
     """The last measurement of each row, in the order of the first. Of what kernels took then, another commit's rows of
     a pass that was measured again tell nothing."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = lines(path)
     last = {(shape_of(row), row["pass"]): row["commit"] for row in rows}
     rows = [row for row in rows if last[shape_of(row), row["pass"]] == row["commit"]]
     return list({(shape_of(row), row["pass"], row["row"]): row for row in rows}.values())
@@ -49,11 +48,6 @@ def source(rows: list[Row]) -> str:
     """On what, with what and when: once for each combination."""
     found = dict.fromkeys("{gpu}, jax {jax}, commit {commit}, {date}".format(**row) for row in rows)
     return "Measured on " + "; ".join(found) + ".\n"
-
-
-def aligned(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
 
 
 def ratios(rows: list[Row], *, others: bool) -> str:
@@ -150,17 +144,5 @@ def tables() -> str:
     return "\n".join(part for part in parts if part)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the page whose tables to replace")
-    page, text = parser.parse_args().write, tables()
-    if page is None:
-        print(text, end="")
-        return
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew(__doc__, BEGIN, END, tables)

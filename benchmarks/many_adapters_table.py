@@ -8,12 +8,10 @@ Without `--write`, prints it.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels_table import RESULTS, Row, aligned, source
+from benchmarks.kernels_table import source
+from benchmarks.pages import RESULTS, Row, aligned, of_last_commit, renew
 
 BEGIN, END = "<!-- table: benchmarks/many_adapters_table.py -->\n", "<!-- end of table -->"
 # Row as measured -> column.
@@ -26,12 +24,8 @@ COLUMNS = {
 }
 
 
-def read(path: Path = RESULTS / "many_adapters.jsonl") -> list[Row]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
-
-
-def table(rows: list[Row]) -> str:
+def tables() -> str:
+    rows = of_last_commit(RESULTS / "many_adapters.jsonl")
     by = {(*_case(row), row["row"]): row for row in rows}
     lines = []
     for case in dict.fromkeys(map(_case, rows)):
@@ -50,17 +44,5 @@ def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("pass_", "rows", "tokens", "k", "n"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the page in which to renew the table")
-    page = parser.parse_args().write
-    if page is None:
-        print(table(read()))
-        return
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text(before + BEGIN + table(read()) + END + rest.split(END, 1)[1], encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew(__doc__, BEGIN, END, tables)

@@ -9,12 +9,11 @@ whose package is not installed are named on stderr and keep no row. Without `--w
 
 from __future__ import annotations
 
-import argparse
 import collections
 import importlib.util
 import sys
-from pathlib import Path
 
+from benchmarks.pages import renew
 from tests.third_party import check, flax_attention, gemma_models, hugging_face, tunix_models
 
 # gemma last: importing it replaces `nn.Module.param` for good, which breaks transformers' Llama.
@@ -58,18 +57,5 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the page whose table to replace")
-    page = parser.parse_args().write
-    text = table()
-    if page is None:
-        print(text, end="")
-        return
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew(__doc__, BEGIN, END, table)

@@ -7,13 +7,8 @@ Reads `benchmarks/results/torch_lora.jsonl`, of which the lines of the last comm
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from benchmarks.pages import RESULTS, Row, aligned, of_last_commit, renew
 
-from benchmarks.kernels_table import Row, aligned
-
-RESULTS = Path(__file__).parent / "results/torch_lora.jsonl"
 BEGIN, END = "<!-- table: benchmarks/torch_table.py -->\n", "<!-- end of table -->"
 # Pass as measured and rate -> as told.
 PASSES = {
@@ -35,11 +30,6 @@ COLUMNS = {
 }
 
 
-def read(path: Path = RESULTS) -> list[Row]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
-
-
 def source(rows: list[Row]) -> str:
     """On what, with what and when: once for each combination."""
     names = ("torch", "triton", "peft", "nemo_automodel")
@@ -51,7 +41,8 @@ def source(rows: list[Row]) -> str:
     return "Measured on " + "; ".join(found) + ".\n"
 
 
-def table(rows: list[Row]) -> str:
+def tables() -> str:
+    rows = of_last_commit(RESULTS / "torch_lora.jsonl")
     ratios = {(row["shape"], row["pass"], row["rate"], row["row"]): row for row in rows if row["pass"] != "check"}
     measured = {name for _, _, _, name in ratios}
     columns = {name: told for name, told in COLUMNS.items() if name in measured}
@@ -67,17 +58,5 @@ def table(rows: list[Row]) -> str:
     return source(rows) + "\n" + aligned(["M, K, N, R", "pass", "frozen, µs", *columns.values()], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="the page whose table to replace")
-    page, text = parser.parse_args().write, table(read())
-    if page is None:
-        print(text, end="")
-        return
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    renew(__doc__, BEGIN, END, tables)

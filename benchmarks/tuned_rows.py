@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.pages import RESULTS, lines  # noqa: E402
+
 HEAD = '''"""What was measured where. Written by `benchmarks/tuned_rows.py`, each row from the line that it cites."""
 
 from __future__ import annotations
@@ -25,14 +29,9 @@ from lora_jax.kernels.measured import Race, Tiles
 '''
 
 
-def lines(name: str) -> list[dict[str, Any]]:
-    path = RESULTS / name
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-
-
 def races() -> Iterator[tuple[Any, ...]]:
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for line in lines("kernels.jsonl"):
+    for line in lines(RESULTS / "kernels.jsonl"):
         name, _, dropout = line["row"].partition(", ")
         if line["pass"] == "forward + backward" and name in ("XLA LoRA", "kernels"):
             key = (line["gpu"], line["m"], line["k"], line["n"], line["r"], dropout == "dropout")
@@ -44,7 +43,7 @@ def races() -> Iterator[tuple[Any, ...]]:
 
 def tiles() -> Iterator[tuple[Any, ...]]:
     found = {}
-    for line in lines("tuning.jsonl"):
+    for line in lines(RESULTS / "tuning.jsonl"):
         if line["kind"] == "tiles":
             found[line["device"], line["kernel"], json.dumps(line["shape"])] = line
     for line in found.values():

@@ -6,23 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kernels_plot, kernels_table, many_adapters_table
+from benchmarks import kernels_plot, kernels_table, many_adapters_table, torch_table
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.pinned
 
 
-def test_tables():
-    page = (ROOT / "docs/kernels.md").read_text()
-    shown = page.split(kernels_table.BEGIN)[1].split(kernels_table.END)[0]
-    assert shown == kernels_table.tables(), "python benchmarks/kernels_table.py --write docs/kernels.md"
+TABLES = {"kernels.md": kernels_table, "many-adapters.md": many_adapters_table, "torch-lora.md": torch_table}
 
 
-def test_table_of_many_adapters():
-    page = (ROOT / "docs/many-adapters.md").read_text()
-    shown = page.split(many_adapters_table.BEGIN)[1].split(many_adapters_table.END)[0]
-    command = "python benchmarks/many_adapters_table.py --write docs/many-adapters.md"
-    assert shown == many_adapters_table.table(many_adapters_table.read()), command
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(name):
+    script, page = TABLES[name], (ROOT / "docs" / name).read_text()
+    shown = page.split(script.BEGIN)[1].split(script.END)[0]
+    command = f"PYTHONPATH=. python {Path(script.__file__).relative_to(ROOT)} --write docs/{name}"
+    assert shown == script.tables(), command
 
 
 def test_picture():
@@ -37,12 +35,3 @@ def test_picture():
     # Another result would be noticed.
     changed = [{**rows[1], "ratio": rows[1]["ratio"] + 0.01}, *rows[:1], *rows[2:]]
     assert kernels_plot.digest(changed) != kernels_plot.digest(rows)
-
-
-def test_table_of_torch():
-    from benchmarks import torch_table
-
-    page = (ROOT / "docs/torch-lora.md").read_text()
-    shown = page.split(torch_table.BEGIN)[1].split(torch_table.END)[0]
-    command = "PYTHONPATH=. python benchmarks/torch_table.py --write docs/torch-lora.md"
-    assert shown == torch_table.table(torch_table.read()), command
