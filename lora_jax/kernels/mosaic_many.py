@@ -85,7 +85,7 @@ def backward(
     if wants.x:
         dx, g = _product(dy, w, b_s, a_t, not transposed, sms, interpret)
     elif wants.a:
-        (m, n) = dy.shape
+        m, n = dy.shape
         g = down(dy, b_s, tuned.down_config(m, n, rank, sms), interpret=interpret)
     pairs = [(x, g)] if wants.a and g is not None else []
     pairs += [(dy, h)] if wants.b else []

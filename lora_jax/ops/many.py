@@ -172,7 +172,7 @@ class _Operands(NamedTuple):
 
 
 def _operands(spec: Contraction, many: Many, first: Any, second: Any, index: Any) -> _Operands:
-    """`spec.x` and `spec.y` without `ROW`, which leads the axes of everything that is a row's own."""
+    """Axes of what each row has of its own begin with `ROW`; those of `spec` do not."""
     row = functools.partial(replace, spec, x=(ROW, *spec.x), y=(ROW, *spec.y))
     if many.selection == "masked":
         on = index[:, None] == jnp.arange(many.slots)

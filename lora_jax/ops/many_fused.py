@@ -78,7 +78,7 @@ def fused_product(fused: FusedMany, x: Any, w: Any, first: Any, second: Any, sca
 
 def _run(fused: FusedMany, x: Any, w: Any, first: Any, second: Any, scale: Any, index: Any) -> Any:
     a, b = _factors(fused, first, second, scale, index)
-    y, h = _over_devices(fused, "forward")(short(x), short(w), a, b)
+    y, h = _over_devices(fused)(short(x), short(w), a, b)
     sizes = axis_sizes((fused.spec.x, x.shape), (fused.spec.w, w.shape))
     return y.reshape([sizes[name] for name in fused.spec.y]), h
 
@@ -90,7 +90,7 @@ def _factors(fused: FusedMany, first: Any, second: Any, scale: Any, index: Any) 
     b = ordered(*_taken(fused, second.astype(up), fused.second, index), (fused.row, *m.rank, *m.outer))
     a = a.reshape(len(index), *m.shape(m.inner), m.rank_size).astype(fused.dtype)
     b = b.reshape(len(index), m.rank_size, *m.shape(m.outer))
-    return a, (b * _own(scale, index, up).reshape(-1, *(1,) * (b.ndim - 1))).astype(fused.dtype)
+    return a, _scaled(b, scale, index).astype(fused.dtype)
 
 
 def _taken(fused: FusedMany, stack: Any, axes: Axes, index: Any) -> tuple[jax.Array, Axes]:
@@ -101,8 +101,10 @@ def _taken(fused: FusedMany, stack: Any, axes: Axes, index: Any) -> tuple[jax.Ar
     return jnp.where(on, rows, 0), tuple(fused.row if name == fused.slot else name for name in axes)
 
 
-def _own(scale: Any, index: Any, dtype: Any) -> jax.Array:
-    return scale[jnp.maximum(index, 0)].astype(dtype)
+def _scaled(rows: jax.Array, scale: Any, index: Any) -> jax.Array:
+    """Each row times the scale of its adapter."""
+    own = scale[jnp.maximum(index, 0)].astype(rows.dtype)
+    return rows * own.reshape(-1, *(1,) * (rows.ndim - 1))
 
 
 def _fwd(fused: FusedMany, *operands: Any) -> Any:
@@ -122,13 +124,12 @@ def _bwd(fused: FusedMany, saved: Any, dy: Any) -> Any:
     dx = dw = da = db = None
     if of_x or of_a or of_b:
         a, b = _factors(fused, first, second, scale, index)
-        run = _over_devices(fused, "backward", Wants(of_x, of_a, of_b))
+        run = _over_devices(fused, Wants(of_x, of_a, of_b))
         found = iter(run(ordered(dy, fused.spec.y, fused.y), short(x), short(w), a, b, h))
         dx = next(found).reshape(x.shape) if of_x else None
         da = _gathered_back(fused, next(found), (*m.inner, *m.rank), fused.first, first, index) if of_a else None
         if of_b:
-            dup = next(found)
-            db = dup * _own(scale, index, dup.dtype).reshape(-1, *(1,) * (dup.ndim - 1))
+            db = _scaled(next(found), scale, index)
             db = _gathered_back(fused, db, (*m.rank, *m.outer), fused.second, second, index)
     if of_w:
         dw = plain.weight_gradient(fused.spec, x, w, dy)
@@ -151,8 +152,8 @@ def _gathered_back(fused: FusedMany, rows: jax.Array, axes: Axes, to: Axes, stac
 fused_product.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
-def _over_devices(fused: FusedMany, way: str, wants: Wants | None = None) -> Any:
-    """`_forward` or `_backward` of whole operands."""
+def _over_devices(fused: FusedMany, wants: Wants | None = None) -> Any:
+    """`_forward` of whole operands, or `_backward` for what is wanted of it."""
     m = fused.matrices
     tokens = tuple(name for name in m.rows if name != fused.row)
     w = m.w_axes
@@ -179,21 +180,23 @@ def _over_devices(fused: FusedMany, way: str, wants: Wants | None = None) -> Any
     )  # fmt: skip
 
 
-def _sizes(fused: FusedMany, x: Any, b: Any) -> tuple[int, int, int, int, int]:
-    """M, K, N, R and the runs of this device's part."""
+def _as_matrices(fused: FusedMany, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, ...] | None:
+    """`x`, `w`, `a` and `b` of this device's part as the kernels want them, or None where it is none for them."""
     rows, inner = x.shape[: len(fused.matrices.rows)], x.shape[len(fused.matrices.rows) :]
-    return math.prod(rows), math.prod(inner), math.prod(b.shape[2:]), b.shape[1], b.shape[0]
+    m, k, n, (runs, r) = math.prod(rows), math.prod(inner), math.prod(b.shape[2:]), b.shape[:2]
+    if many_kernels(fused.family).unsupported(m, k, n, r, runs, x.dtype):
+        return None
+    w = w.reshape((n, k) if fused.matrices.transposed else (k, n))
+    return x.reshape(m, k), w, a.reshape(runs, k, r), b.reshape(runs, r, n)
 
 
 def _forward(fused: FusedMany, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
     """Of one device's part; by XLA where that is none for the kernels."""
-    m, k, n, r, runs = _sizes(fused, x, b)
-    module = many_kernels(fused.family)
-    if module.unsupported(m, k, n, r, runs, x.dtype):
+    part = _as_matrices(fused, x, w, a, b)
+    if part is None:
         return _plain_forward(fused, x, w, a, b)
-    transposed = fused.matrices.transposed
-    flat = w.reshape((n, k) if transposed else (k, n)), a.reshape(runs, k, r), b.reshape(runs, r, n)
-    y, h = lax.optimization_barrier(module.forward(x.reshape(m, k), *flat, transposed=transposed))
+    run, m = many_kernels(fused.family).forward, len(part[0])
+    y, h = lax.optimization_barrier(run(*part, transposed=fused.matrices.transposed))
     y, h = _compat.vary_alike(y, h, x, w, a, b)[:2]
     rows = x.shape[: len(fused.matrices.rows)]
     first, thin = fused.h_layout
@@ -202,16 +205,14 @@ def _forward(fused: FusedMany, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Arra
 
 
 def _backward(fused: FusedMany, wants: Wants, dy: Any, x: Any, w: Any, a: Any, b: Any, h: Any) -> tuple[jax.Array, ...]:
-    m, k, n, r, runs = _sizes(fused, x, b)
-    module = many_kernels(fused.family)
-    if module.unsupported(m, k, n, r, runs, x.dtype):
+    part = _as_matrices(fused, x, w, a, b)
+    if part is None:
         return _plain_backward(fused, wants, dy, x, w, a, b, h)
+    module, m = many_kernels(fused.family), len(part[0])
     first, thin = fused.h_layout
-    transposed = fused.matrices.transposed
-    flat = w.reshape((n, k) if transposed else (k, n)), a.reshape(runs, k, r), b.reshape(runs, r, n)
     found = module.backward(
-        dy.reshape(m, n), x.reshape(m, k), *flat, h.reshape((thin, m) if first else (m, thin)),
-        transposed=transposed, wants=module.Wants(*wants),
+        dy.reshape(m, -1), *part, h.reshape((thin, m) if first else (m, thin)),
+        transposed=fused.matrices.transposed, wants=module.Wants(*wants),
     )  # fmt: skip
     found = _compat.vary_alike(*found, dy, x, w, a, b)[:3]
     return tuple(got.reshape(like.shape) for got, like, wanted in zip(found, (x, a, b), wants, strict=True) if wanted)
