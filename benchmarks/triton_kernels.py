@@ -63,9 +63,14 @@ def mask(m: int, k: int, rate: float) -> torch.Tensor:
         return v ^ (v >> 16)
 
     i, j = torch.arange(m, device="cuda")[:, None], torch.arange(k, device="cuda")[None]
-    word = fmix(fmix(((j >> 7 << 6) | (j & 63)) ^ SEED[0]) ^ ((i * 0x9E3779B9 + SEED[1]) & 0xFFFFFFFF))
+    key = (i * 0x9E3779B9 + SEED[1]) & 0xFFFFFFFF
+    v = (((j >> 7 << 6) | (j & 63)) * 0x85EBCA6B + SEED[0]) & 0xFFFFFFFF
+    # Products modulo 2**64 are right modulo 2**32, signed or not.
+    word = ((fmix(key) | 1) * (((v ^ (v >> 16)) * 0xC2B2AE35 & 0xFFFFFFFF) | 1) + key) & 0xFFFFFFFF
+    factor = torch.where((j & 64) != 0, 0x27D4EB2F, 0xC2B2AE35)
+    bits = (((word ^ (word >> 16)) * factor & 0xFFFFFFFF) >> 16) ^ 0x8000
     threshold = round(rate * 65536)
-    return (((word >> (16 * (j >> 6 & 1))) & 0xFFFF) >= threshold).double() * (65536 / (65536 - threshold))
+    return (bits >= threshold).double() * (65536 / (65536 - threshold))
 
 
 def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,14 +1,17 @@
 """Random bits as a function of (seed, row, column): the dropout masks of every implementation.
 
 A counter-based generator needs no state and no storage: forward, backward and rematerialised passes ask for the same
-element and get the same bits, and a shard that knows where it starts gets those of its part of the whole. One word of
-32 bits serves two columns 64 apart, 16 bits each: a rate is kept to 2**-16, and a tile of 128 columns in registers
-computes each word once and takes both halves.
+element and get the same bits, and a shard that knows where it starts gets those of its part of the whole. Integers are
+what a GPU is slowest at, so most of the work is done once a row and once a column, products do what is left, and one
+mixed word serves two columns 64 apart:
 
-The mixing function is MurmurHash3's 32-bit finaliser (Appleby, 2011), applied to the column and then to the row:
+    row         key = row * 0x9E3779B9 + seed1              a = fmix(key) | 1
+    column      v = pair * 0x85EBCA6B + seed0               b = (v ^ v >> 16) * 0xC2B2AE35 | 1
+    element     w = a * b + key                             bits = (w ^ w >> 16) * c >> 16 ^ 0x8000
 
-    word = fmix(fmix((column >> 7 << 6 | column & 63) ^ seed0) ^ (row * 0x9E3779B9 + seed1))
-    bits = word >> 16 if column & 64 else word & 0xFFFF
+modulo 2**32, where pair = column >> 7 << 6 | column & 63, c = 0x27D4EB2F if column & 64 else 0xC2B2AE35, and fmix is
+MurmurHash3's 32-bit finaliser (Appleby, 2011). That each row adds a key of its own matters: without it, columns whose
+`b` are in a small ratio would be dropped together.
 """
 
 from __future__ import annotations
@@ -18,33 +21,58 @@ import jax.numpy as jnp
 from jax import lax
 
 STEPS = 65536  # of a rate: what 16 bits tell apart
-_MIX1, _MIX2, _ROW = -0x7A143595, -0x3D4D51CB, -0x61C88647  # 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9 as int32
+# 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9 and, for an element's own half, 0x27D4EB2F, as int32.
+_MIX1, _MIX2, _ROW = -0x7A143595, -0x3D4D51CB, -0x61C88647
+_LOWER, _UPPER = _MIX2, 0x27D4EB2F
 
 
 def _fmix(v: jax.Array) -> jax.Array:
     """MurmurHash3's finaliser on int32, all arithmetic modulo 2**32."""
-    v ^= lax.shift_right_logical(v, _like(16, v))
-    v *= _like(_MIX1, v)
-    v ^= lax.shift_right_logical(v, _like(13, v))
-    v *= _like(_MIX2, v)
-    return v ^ lax.shift_right_logical(v, _like(16, v))
+    v = _folded(v, 16) * _like(_MIX1, v)
+    v = _folded(v, 13) * _like(_MIX2, v)
+    return _folded(v, 16)
+
+
+def _folded(v: jax.Array, shift: int) -> jax.Array:
+    return v ^ lax.shift_right_logical(v, _like(shift, v))
 
 
 def _like(value: int, v: jax.Array) -> jax.Array:
-    return lax.full_like(v, value)
+    # In a kernel a scalar is no array.
+    return lax.full_like(v, value) if v.ndim else jnp.int32(value)
 
 
-def words(seed0: jax.Array, seed1: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """The 32-bit word of each (row, column); columns `c` and `c ^ 64` have the same. All int32, of one shape."""
-    pair = lax.shift_left(lax.shift_right_logical(columns, _like(7, columns)), _like(6, columns))
-    by_column = _fmix((pair | (columns & 63)) ^ seed0)
-    return _fmix(by_column ^ (rows * _like(_ROW, rows) + seed1))
+def words(seed0: jax.Array, seed1: jax.Array, rows: jax.Array, pairs: jax.Array) -> jax.Array:
+    """The mixed word of each (row, pair of columns). All int32, of one shape or of none."""
+    key = rows * _like(_ROW, rows) + seed1
+    column = _folded(pairs * _like(_MIX1, pairs) + seed0, 16) * _like(_MIX2, pairs) | 1
+    return _folded((_fmix(key) | 1) * column + key, 16)
+
+
+def pair(columns: jax.Array) -> jax.Array:
+    """Which pair a column belongs to: `c` and `c ^ 64` are of the same. int32."""
+    above = lax.shift_left(lax.shift_right_logical(columns, _like(7, columns)), _like(6, columns))
+    return above | (columns & 63)
+
+
+def survives(word: jax.Array, upper: bool | jax.Array, threshold: int) -> jax.Array:
+    """Whether the 16 bits of a pair's lower or upper column, the one with `column & 64`, reach `threshold`.
+
+    The bits are the upper half of a product. So that a comparison does without a shift, and without unsigned numbers,
+    the definition has their first one flipped.
+    """
+    if isinstance(upper, bool):
+        factor = _UPPER if upper else _LOWER
+    else:
+        factor = jnp.where(upper, jnp.int32(_UPPER), jnp.int32(_LOWER))
+    return word * factor >= jnp.int32(threshold * STEPS - 2**31)
 
 
 def bits16(seed0: jax.Array, seed1: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """16 random bits, in the low half of int32, for each (row, column). All int32, of one shape."""
-    word = words(seed0, seed1, rows, columns)
-    return jnp.where((columns & 64) != 0, lax.shift_right_logical(word, _like(16, word)), word & 0xFFFF)
+    factor = jnp.where((columns & 64) != 0, jnp.int32(_UPPER), jnp.int32(_LOWER))
+    product = words(seed0, seed1, rows, pair(columns)) * factor
+    return lax.shift_right_logical(product, _like(16, product)) ^ 0x8000
 
 
 def rescaling(threshold: int) -> float:

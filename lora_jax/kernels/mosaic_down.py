@@ -22,7 +22,7 @@ from jax import lax
 from lora_jax.kernels import mosaic
 from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import in_ring
-from lora_jax.kernels.mosaic_dropout import mask_in_place
+from lora_jax.kernels.mosaic_dropout import mask_in_place, seeds
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,11 @@ def _kernel(
             plgpu.copy_gmem_to_smem(mine_g.at[:, pl.ds(at * c.depth, c.depth)], a_s.at[slot], full.at[slot])
 
         def multiply(acc):
+            seed = None if seed_g is None else seeds(seed_g)
+
             def use(slot, step):
-                if seed_g is not None:
-                    mask_in_place(x_s.at[slot], seed_g, row0, (split * steps + step) * c.depth, threshold)
+                if seed is not None:
+                    mask_in_place(x_s.at[slot], seed, row0, (split * steps + step) * c.depth, threshold)
                 plgpu.wgmma(acc, x_s.at[slot], mosaic.transpose(a_s.at[slot]))
 
             mosaic.drain(steps, c.stages, use, full, free, c.workers)

@@ -23,7 +23,7 @@ from jax import lax
 from lora_jax.kernels import mosaic
 from lora_jax.kernels.counter_bits import rescaling
 from lora_jax.kernels.gemm_config import in_ring, rank_of
-from lora_jax.kernels.mosaic_dropout import mask_in_place
+from lora_jax.kernels.mosaic_dropout import mask_in_place, seeds
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def outer(
         num_threads=c.workers + 1,
         interpret=interpret,
     )(*operands)
-    if not apart:
-        out = out.sum(0) if c.splits > 1 else out[0]
     starts = [sum(blocks[:i]) * c.columns for i in range(len(blocks))]
-    return [out[..., start : start + x.shape[1], :] for start, (x, _) in zip(starts, pairs, strict=True)]
+    # Cut first: of one sum of all, XLA chooses a layout for one reader, and copies what the others read once more.
+    found = [out[:, start : start + x.shape[1]] for start, (x, _) in zip(starts, pairs, strict=True)]
+    return found if apart else [each.sum(0) if c.splits > 1 else each[0] for each in found]
 
 
 def _kernel(
@@ -112,10 +112,12 @@ def _kernel(
             plgpu.copy_gmem_to_smem(g_g.at[ranks, ms] if by_rank else g_g.at[ms, ranks], g_s.at[slot], full.at[slot])
 
         def multiply(masked, acc):
+            seed = seeds(seed_g) if masked else None
+
             def use(slot, step):
                 if masked:
                     row0 = (split * steps + step) * c.rows
-                    mask_in_place(x_s.at[slot], seed_g, row0, block * c.columns, threshold)
+                    mask_in_place(x_s.at[slot], seed, row0, block * c.columns, threshold)
                 g = mosaic.transpose(g_s.at[slot]) if by_rank else g_s.at[slot]
                 plgpu.wgmma(acc, mosaic.transpose(x_s.at[slot]), g)
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from lora_jax.kernels import mosaic
 from lora_jax.kernels.counter_bits import rescaling
-from lora_jax.kernels.mosaic_dropout import Mask
+from lora_jax.kernels.mosaic_dropout import Mask, seeds
 
 
 def store_tile(
@@ -38,7 +38,8 @@ def store_tile(
     for i in range(0, height, 64):
         mask = None
         if seed_g is not None:
-            mask = Mask(seed_g, row0 + i, column0, (64, columns), threshold, aligned=width % 128 == 0)
+            # Asked for here again, so that no key of a column waits in registers that the sums need.
+            mask = Mask(seeds(seed_g), row0 + i, column0, (64, columns), threshold, aligned=width % 128 == 0)
         for number, j in enumerate(range(0, width, columns)):
             value = result[i : i + 64, j : j + columns]
             if mask is not None:

@@ -4,10 +4,13 @@ Letters, the same in every kernel file:
     M tokens    K input features    N output features    R rank
 
 All kernels and the XLA twin compute the same bits, so the mask that the forward pass used can be had again in the
-backward pass, under rematerialisation and on a shard. One 32-bit word serves two columns 64 apart (`counter_bits`):
+backward pass, under rematerialisation and on a shard. Modulo 2**32, for row i and column j (`counter_bits` says why):
 
-    word(i, p) = fmix(fmix(p ^ seed0) ^ (i * 0x9E3779B9 + seed1))        row i, pair p = j >> 7 << 6 | j & 63
-    column j is kept if its half of the word, (word >> 16 * (j >> 6 & 1)) & 0xFFFF, is >= threshold
+    key = i * 0x9E3779B9 + seed1                              a = fmix(key) | 1
+    v = (j >> 7 << 6 | j & 63) * 0x85EBCA6B + seed0           b = (v ^ v >> 16) * 0xC2B2AE35 | 1
+    w = a * b + key                                           c = 0x27D4EB2F if j & 64 else 0xC2B2AE35
+
+An element is kept if (w ^ w >> 16) * c, its first bit flipped, is >= threshold << 16.
 
 The kernels only zero what is dropped. The factor 1 / (1 - rate) is applied to a float32 sum by whoever calls them.
 
@@ -43,6 +46,13 @@ def kept(seed_ptr, rows, first_column, threshold, BM: tl.constexpr, BC: tl.const
     column0 = tl.load(seed_ptr + 3).to(tl.uint32, bitcast=True)
     columns = column0 + first_column + tl.arange(0, BC).to(tl.uint32)
     pairs = ((columns >> 7) << 6) | (columns & 63)
-    keys = (row0 + rows.to(tl.uint32)) * 0x9E3779B9 + seed1
-    words = fmix(fmix(pairs ^ seed0)[None, :] ^ keys[:, None])
-    return ((words >> (((columns >> 6) & 1) * 16)[None, :]) & 0xFFFF) >= threshold
+    v = pairs * 0x85EBCA6B + seed0
+    b = ((v ^ (v >> 16)) * 0xC2B2AE35) | 1
+    factor = tl.where((columns & 64) != 0, 0x27D4EB2F, 0xC2B2AE35).to(tl.uint32)
+    key = (row0 + rows.to(tl.uint32)) * 0x9E3779B9 + seed1
+    w = (fmix(key) | 1)[:, None] * b[None, :] + key[:, None]
+    # Signed numbers take the flip of the first bit for free; "above the last dropped one" is in range also for a rate
+    # of 1.
+    drawn = ((w ^ (w >> 16)) * factor[None, :]).to(tl.int32, bitcast=True)
+    last = ((threshold.to(tl.uint32) << 16) + 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    return drawn > last

@@ -13,29 +13,16 @@ from lora_jax import reference
 from lora_jax.ops import dropout, lora_dot
 from lora_jax.ops.dropout import drop, keeps, seed_words
 from tests.core.harness import config, normal
+from tests.kernels.problems import drawn
 
 KEY = jax.random.key(5)
 RATE = 0.3
-U32 = np.uint32
-
-
-def mixed(v):
-    """MurmurHash3's finaliser."""
-    v = v ^ (v >> U32(16))
-    v = v * U32(0x85EBCA6B)
-    v = v ^ (v >> U32(13))
-    v = v * U32(0xC2B2AE35)
-    return v ^ (v >> U32(16))
 
 
 def kept(key, n_rows, n_columns, rate):
     """The mask of an (n_rows, n_columns) matrix, in numpy."""
     seed = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
-    row, column = np.arange(n_rows, dtype=U32)[:, None], np.arange(n_columns, dtype=U32)[None]
-    by_column = mixed((column // U32(128) * U32(64) + column % U32(64)) ^ seed[0])
-    word = mixed(by_column ^ (row * U32(0x9E3779B9) + seed[1]))
-    bits = np.where(column // U32(64) % U32(2) == 1, word >> U32(16), word & U32(0xFFFF))
-    return bits >= round(rate * 65536)
+    return drawn((n_rows, n_columns), (int(seed[0]), int(seed[1]))) >= round(rate * 65536)
 
 
 def mask(x, key=KEY, rate=RATE, columns=(-1,)):
@@ -149,7 +136,7 @@ def test_neither_rows_nor_columns_nor_keys_are_correlated():
     def correlation(p, q):
         return abs((p * q).mean()) / 0.25 * np.sqrt(p.size)
 
-    # 64 columns apart, two elements share one word of 32 bits.
+    # 64 columns apart, two elements share one mixed word.
     for shift in (1, 2, 3, 64, 65, 128, 1024):
         assert correlation(m[shift:], m[:-shift]) < 5 and correlation(m[:, shift:], m[:, :-shift]) < 5
         assert correlation(m[shift:, shift:], m[:-shift, :-shift]) < 5

@@ -33,8 +33,10 @@ def drawn(shape: tuple[int, int], seed: tuple[int, int] = SEED, origin: tuple[in
     rows = np.arange(origin[0], origin[0] + shape[0], dtype=np.uint32)[:, None]
     columns = np.arange(origin[1], origin[1] + shape[1], dtype=np.uint32)[None]
     pair = (columns // np.uint32(128)) * np.uint32(64) + columns % np.uint32(64)
-    word = mixed(mixed(pair ^ np.uint32(seed[0])) ^ (rows * np.uint32(0x9E3779B9) + np.uint32(seed[1])))
-    return np.where(columns // 64 % 2 == 1, word >> np.uint32(16), word & np.uint32(0xFFFF))
+    key, v = rows * np.uint32(0x9E3779B9) + np.uint32(seed[1]), pair * np.uint32(0x85EBCA6B) + np.uint32(seed[0])
+    word = (mixed(key) | np.uint32(1)) * ((v ^ v >> np.uint32(16)) * np.uint32(0xC2B2AE35) | np.uint32(1)) + key
+    factor = np.where(columns // 64 % 2 == 1, np.uint32(0x27D4EB2F), np.uint32(0xC2B2AE35))
+    return (word ^ word >> np.uint32(16)) * factor >> np.uint32(16) ^ np.uint32(0x8000)
 
 
 def seed_words(seed: tuple[int, int] = SEED, origin: tuple[int, int] = (0, 0)) -> np.ndarray:

@@ -50,8 +50,11 @@ def mask(shape: tuple[int, int], drop: Drop) -> jax.Array:
     seed = jax.lax.bitcast_convert_type(drop.seed, jnp.uint32)
     row = jnp.arange(shape[0], dtype=jnp.uint32)[:, None] + seed[2]
     column = jnp.arange(shape[1], dtype=jnp.uint32)[None] + seed[3]
-    word = mixed(mixed((column // 128 * 64 + column % 64) ^ seed[0]) ^ (row * jnp.uint32(0x9E3779B9) + seed[1]))
-    bits = jnp.where(column // 64 % 2 == 1, word >> 16, word & 0xFFFF)
+    key = row * jnp.uint32(0x9E3779B9) + seed[1]
+    v = (column // 128 * 64 + column % 64) * jnp.uint32(0x85EBCA6B) + seed[0]
+    word = (mixed(key) | 1) * ((v ^ v >> 16) * jnp.uint32(0xC2B2AE35) | 1) + key
+    factor = jnp.where(column // 64 % 2 == 1, jnp.uint32(0x27D4EB2F), jnp.uint32(0xC2B2AE35))
+    bits = (word ^ word >> 16) * factor >> 16 ^ 0x8000
     return (bits >= drop.threshold) * jnp.float32(65536 / (65536 - drop.threshold))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.counter_bits import bits16
-from tests.kernels.problems import SEED, drawn, seed_words
+from tests.kernels.problems import SEED, drawn, mixed, seed_words
 
 
 def library_bits(shape, seed=SEED, origin=(0, 0)):
@@ -61,3 +61,23 @@ def test_statistics():
         assert correlation(bits, library_bits(shape, other)) < limit, other
     # What the checks above would see of a generator that forgets the row.
     assert correlation(np.broadcast_to(bits[:1], shape)[1:], np.broadcast_to(bits[:1], shape)[:-1]) > limit
+
+
+@pytest.mark.pinned
+def test_no_two_columns_are_dropped_together():
+    """All pairs at a low rate, with a seed of zeros, where the keys of columns are in many a small ratio."""
+    shape, rate = (4096, 2048), 0.05
+
+    def furthest(bits: np.ndarray) -> float:
+        """Of all pairs of columns, in standard errors."""
+        v = ((bits < round(rate * 65536)) - rate).astype(np.float32) / (rate * (1 - rate)) ** 0.5
+        return float(np.abs(np.triu(v.T @ v, 1)).max()) / shape[0] ** 0.5
+
+    assert furthest(drawn(shape, (0, 0))) < 8
+    # What the check sees if a row adds nothing of its own to the product of the keys but the row's key once more.
+    rows, columns = np.arange(shape[0], dtype=np.uint32), np.arange(shape[1], dtype=np.uint32)
+    a = mixed(rows * np.uint32(0x9E3779B9))[:, None]
+    v = (columns // np.uint32(128) * np.uint32(64) + columns % np.uint32(64)) * np.uint32(0x85EBCA6B)
+    w = (a | np.uint32(1)) * ((v ^ v >> np.uint32(16)) * np.uint32(0xC2B2AE35) | np.uint32(1)) + a
+    factor = np.where(columns & 64, np.uint32(0x27D4EB2F), np.uint32(0xC2B2AE35))
+    assert furthest((w ^ w >> np.uint32(16)) * factor >> np.uint32(16)) > 8

@@ -50,8 +50,10 @@ def mask(m: int, k: int, rate: float, *, row: int = 0, column: int = 0, seed: tu
 
     i = np.arange(row, row + m).astype(object)[:, None]
     j = np.arange(column, column + k).astype(object)[None]
-    word = fmix(fmix(((j >> 7 << 6) | (j & 63)) ^ seed[0]) ^ ((i * 0x9E3779B9 + seed[1]) % 2**32))
-    bits = (word >> (16 * (j >> 6 & 1))) & 0xFFFF
+    key, v = (i * 0x9E3779B9 + seed[1]) % 2**32, (((j >> 7 << 6) | (j & 63)) * 0x85EBCA6B + seed[0]) % 2**32
+    word = ((fmix(key) | 1) * ((v ^ (v >> 16)) * 0xC2B2AE35 % 2**32 | 1) + key) % 2**32
+    factor = 0xC2B2AE35 + (j >> 6 & 1) * (0x27D4EB2F - 0xC2B2AE35)
+    bits = ((word ^ (word >> 16)) * factor % 2**32 >> 16) ^ 0x8000
     threshold = round(rate * 65536)
     return (bits >= threshold).astype(np.float64) * (65536 / (65536 - threshold))
 
