@@ -54,5 +54,5 @@ def kept(seed_ptr, rows, first_column, threshold, BM: tl.constexpr, BC: tl.const
     # Signed numbers take the flip of the first bit for free; "above the last dropped one" is in range also for a rate
     # of 1.
     drawn = ((w ^ (w >> 16)) * factor[None, :]).to(tl.int32, bitcast=True)
-    last = ((threshold.to(tl.uint32) << 16) + 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    last = ((tl.cast(threshold, tl.uint32) << 16) + 0x7FFFFFFF).to(tl.int32, bitcast=True)
     return drawn > last
