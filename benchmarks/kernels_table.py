@@ -2,8 +2,8 @@
 
     python benchmarks/kernels_table.py --write docs/kernels.md
 
-Reads `kernels.jsonl`, `groups.jsonl` and `train_step.jsonl` in `benchmarks/results`; of a row measured more than once,
-the last. Without `--write`, prints the tables.
+Reads `kernels.jsonl`, `triton.jsonl`, `torch_lora.jsonl`, `groups.jsonl` and `train_step.jsonl` in
+`benchmarks/results`; of a row measured more than once, the last. Without `--write`, prints the tables.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.pages import RESULTS, Row, aligned, lines, renew  # noqa: E402
+from benchmarks.pages import RESULTS, Row, aligned, lines, of_last_commit, renew  # noqa: E402
 
 BEGIN, END = "<!-- tables: benchmarks/kernels_table.py -->\n", "<!-- end of tables -->"
+# Rows of `torch_lora.jsonl`.
+TORCH = ("peft", "torch.compile", "addmm function", "NeMo Automodel", "TritonLinearLoRA", "TritonLinearLoRA, x @ A kept")
 # Column heading -> (pass, row).
 COLUMNS = {
     "XLA LoRA, forward": ("forward", "XLA LoRA"),
@@ -78,6 +80,32 @@ def ratios(rows: list[Row], *, others: bool) -> str:
     return aligned(["M, K, N, R", *gpu, "XLA frozen, µs, forward / f + b", *COLUMNS], lines) if lines else ""
 
 
+def beside(kernels: list[Row], triton: list[Row], torch: list[Row]) -> str:
+    """Forward + backward of JAX and of PyTorch, each as a ratio to the frozen linear of its own framework."""
+    found: dict[tuple[str, float], dict[str, str]] = {}
+    for rows, theirs in ((kernels, ""), (triton, "Triton ")):
+        for row in rows:
+            name, _, dropout = row["row"].partition(", ")
+            if row["pass"] == "forward + backward" and name in (("kernels",) if theirs else ("XLA LoRA", "kernels")):
+                key = "{}, {}, {}, {}".format(*shape_of(row)), 0.05 if dropout else 0.0
+                found.setdefault(key, {})["JAX: " + theirs + name] = f"{row['ratio']:.2f}"
+    for row in torch:
+        if row["pass"] == "forward + backward, captured" and row["row"] in TORCH:
+            key = row["shape"].replace(",", ", "), row["rate"]
+            found.setdefault(key, {})["torch: " + row["row"]] = f"{row['ratio']:.2f}"
+    shapes = dict.fromkeys(row["shape"].replace(",", ", ") for row in torch)
+    columns = ["JAX: XLA LoRA", "JAX: kernels", "JAX: Triton kernels", *("torch: " + name for name in TORCH)]
+    lines = []
+    for dropped in (False, True):
+        for shape in shapes:
+            each: dict[str, str] = {}
+            for (other, rate), cells in found.items():
+                if other == shape and (rate > 0) == dropped:
+                    each |= cells
+            lines.append([shape, "dropout" if dropped else "", *(each.get(name, "") for name in columns)])
+    return aligned(["M, K, N, R", "", *columns], lines)
+
+
 def alone(rows: list[Row]) -> str:
     lines = [
         [
@@ -135,6 +163,9 @@ def tables() -> str:
         parts.append(source(kernels) + "Ratios to XLA's frozen linear; in brackets the middle half of the rounds.\n")
         parts += [ratios(kernels, others=False)]
         parts += ["From fewer rows on (`--shapes`):\n", fewer] if (fewer := ratios(kernels, others=True)) else []
+        triton, torch = read(RESULTS / "triton.jsonl"), of_last_commit(RESULTS / "torch_lora.jsonl")
+        told = "Beside others, forward + backward; dropout 0.05 in JAX, 0.1 in PyTorch, there in CUDA graphs "
+        parts += [told + "([their page](torch-lora.md#measured)):\n", beside(kernels, triton, torch)] if torch else []
         parts += ["Each kernel alone:\n", alone(kernels)] if alone(kernels) else []
     if several:
         told = "Ratios to the first column; GB: what a gradient through a scan over four such layers needs.\n"

@@ -2,7 +2,7 @@
 
     python benchmarks/tuned_rows.py --write lora_jax/kernels/tuned_rows.py
 
-Reads `benchmarks/results/kernels.jsonl` (forward + backward, against XLA) and `tuning.jsonl`, which
+Reads `kernels.jsonl` and `triton.jsonl` in `benchmarks/results` (forward + backward, against XLA) and `tuning.jsonl`, which
 `lora-jax tune ... --log benchmarks/results/tuning.jsonl` writes (the fastest tiles of a shape). Of a row measured more
 than once, the last counts. Without `--write`, prints the module.
 """
@@ -29,9 +29,9 @@ from lora_jax.kernels.measured import Race, Tiles
 '''
 
 
-def races() -> Iterator[tuple[Any, ...]]:
+def races(path: Path) -> Iterator[tuple[Any, ...]]:
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for line in lines(RESULTS / "kernels.jsonl"):
+    for line in lines(path):
         name, _, dropout = line["row"].partition(", ")
         if line["pass"] == "forward + backward" and name in ("XLA LoRA", "kernels"):
             key = (line["gpu"], line["m"], line["k"], line["n"], line["r"], dropout == "dropout")
@@ -53,11 +53,17 @@ def tiles() -> Iterator[tuple[Any, ...]]:
 
 def module() -> str:
     parts = [HEAD]
-    for name, kind, rows in (("RACES", "Race", races()), ("TILES", "Tiles", tiles())):
-        each = [f"    {kind}({', '.join(map(_literal, row))}),\n" for row in rows]
-        body = f"(\n{''.join(each)})  # fmt: skip" if each else "()"
-        parts.append(f"{name}: tuple[{kind}, ...] = {body}\n")
+    parts.append("RACES: dict[str, tuple[Race, ...]] = {\n")
+    for family, file in (("mosaic_gpu", "kernels.jsonl"), ("triton", "triton.jsonl")):
+        parts.append(f'    "{family}": {_rows("Race", races(RESULTS / file), 4)},\n')
+    parts.append(f"}}  # fmt: skip\nTILES: tuple[Tiles, ...] = {_rows('Tiles', tiles(), 0)}  # fmt: skip\n")
     return "".join(parts)
+
+
+def _rows(kind: str, rows: Iterator[tuple[Any, ...]], indent: int) -> str:
+    margin = " " * indent
+    each = [f"{margin}    {kind}({', '.join(map(_literal, row))}),\n" for row in rows]
+    return f"(\n{''.join(each)}{margin})" if each else "()"
 
 
 def _literal(value: Any) -> str:

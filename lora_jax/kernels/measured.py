@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Race(NamedTuple):
-    """Forward + backward, as ratios to XLA's frozen linear: lines of `benchmarks/results/kernels.jsonl`."""
+    """Forward + backward, as ratios to XLA's frozen linear: lines of `benchmarks/results`."""
 
     device: str
     m: int

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from lora_jax import _compat
 from lora_jax.kernels import triton_plans as plans
+from lora_jax.kernels import tuned
 from lora_jax.kernels.linear import Drop as Drop
 from lora_jax.kernels.linear import Wants as Wants
 from lora_jax.kernels.triton_configs import LEAST_SHARED_BYTES, SHARED_BYTES
@@ -63,7 +64,15 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
 
 def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_kind: str) -> str | None:
     """Why XLA is the better choice for these sizes, although the kernels could compute them, or None."""
-    return f'nobody has timed these kernels on {device_kind} yet: ask for them by name, implementation="triton"'
+    try:
+        return tuned.slower("triton", m, k, n, rank, dropped, device_kind)
+    except LookupError:
+        return f'nobody has timed these kernels on {device_kind} yet: ask for them by name, implementation="triton"'
+
+
+def faster(m: int, k: int, n: int, rank: int, dropped: bool, device_kind: str) -> str:
+    """What says that they are the better choice, where `slower` says nothing."""
+    return tuned.faster("triton", m, k, n, rank, dropped, device_kind)
 
 
 def h_layout(rank: int) -> tuple[bool, int]:

@@ -94,7 +94,10 @@ def outer_candidates(m: int, k: int, rank: int, sms: int) -> list[OuterConfig]:
 
 
 def slower(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> str | None:
-    """Why XLA is the faster for such a shape, by the nearest one that was measured, or None."""
+    """Why XLA is the faster for such a shape, by the nearest one that was measured, or None.
+
+    Raises `LookupError` where nothing was measured on such a device.
+    """
     race = _nearest(family, m, k, n, rank, dropped, device)
     return None if race.kernels < race.xla else _told(race)
 
@@ -105,14 +108,17 @@ def faster(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device
 
 
 def _nearest(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> Race:
-    """Of equally near ones that of the very device: a family is for one kind of chip, so that sizes count for more."""
-    assert family == "mosaic_gpu", family
+    """Of equally near ones that of the very device. The Hopper kernels are for one kind of chip, so that sizes count for
+    more; of those for several kinds the device's own measurements count alone."""
+    races = [race for race in RACES[family] if family == "mosaic_gpu" or race.device == device]
+    if not races:
+        raise LookupError(device)
 
     def doublings(race: Race) -> tuple[bool, float, bool]:
         away = distance(_whole(race.m, race.k, race.n, race.r), _whole(m, k, n, rank))
         return race.dropped != dropped, away, race.device != device
 
-    return min(RACES, key=doublings)
+    return min(races, key=doublings)
 
 
 def _told(race: Race) -> str:
