@@ -18,7 +18,12 @@ from tests.interop.lora_problem import SCALE, check, linear, randomise, relative
 from tests.kernels import triton_problem  # noqa: E402
 from tests.kernels.triton_problem import mask  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+# What torch warns of: that its first product in a thread makes the context, and that it may overlook a wait.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
