@@ -19,7 +19,14 @@ from benchmarks.pages import RESULTS, Row, aligned, lines, of_last_commit, renew
 
 BEGIN, END = "<!-- tables: benchmarks/kernels_table.py -->\n", "<!-- end of tables -->"
 # Rows of `torch_lora.jsonl`.
-TORCH = ("peft", "torch.compile", "addmm function", "NeMo Automodel", "TritonLinearLoRA", "TritonLinearLoRA, x @ A kept")
+TORCH = (
+    "peft",
+    "torch.compile",
+    "addmm function",
+    "NeMo Automodel",
+    "TritonLinearLoRA",
+    "TritonLinearLoRA, x @ A kept",
+)
 # Column heading -> (pass, row).
 COLUMNS = {
     "XLA LoRA, forward": ("forward", "XLA LoRA"),
@@ -52,6 +59,10 @@ def source(rows: list[Row]) -> str:
     return "Measured on " + "; ".join(found) + ".\n"
 
 
+def measured_by(rows: list[Row]) -> str:
+    return "; ".join(dict.fromkeys("{gpu}, commit {commit}".format(**row) for row in rows))
+
+
 def ratios(rows: list[Row], *, others: bool) -> str:
     """One line a shape: those with lines of each kernel alone, and their geometric means; or `others`."""
     by = {(shape_of(row), row["pass"], row["row"]): row for row in rows}
@@ -68,7 +79,7 @@ def ratios(rows: list[Row], *, others: bool) -> str:
                 columns[name].append(row["ratio"])
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_spread"]) if row else "")
         if others:
-            cells.insert(1, base[1]["gpu"].split()[1] if base[1] else "")
+            cells.insert(1, "{}, {}".format(base[1]["gpu"].split()[1], base[1]["commit"]) if base[1] else "")
         lines.append(cells)
     if not others and len(shapes) > 1:
         means = [
@@ -76,7 +87,7 @@ def ratios(rows: list[Row], *, others: bool) -> str:
             for column in columns.values()
         ]
         lines.append(["geometric mean", "", *means])
-    gpu = ["GPU"] if others else []
+    gpu = ["GPU, commit"] if others else []
     return aligned(["M, K, N, R", *gpu, "XLA frozen, µs, forward / f + b", *COLUMNS], lines) if lines else ""
 
 
@@ -165,7 +176,9 @@ def tables() -> str:
         parts += ["From fewer rows on (`--shapes`):\n", fewer] if (fewer := ratios(kernels, others=True)) else []
         triton, torch = read(RESULTS / "triton.jsonl"), of_last_commit(RESULTS / "torch_lora.jsonl")
         told = "Beside others, forward + backward; dropout 0.05 in JAX, 0.1 in PyTorch, there in CUDA graphs "
-        parts += [told + "([their page](torch-lora.md#measured)):\n", beside(kernels, triton, torch)] if torch else []
+        told += f"([their page](torch-lora.md#measured)). Triton from JAX: {measured_by(triton)}. "
+        told += f"PyTorch: {measured_by(torch)}.\n"
+        parts += [told, beside(kernels, triton, torch)] if torch else []
         parts += ["Each kernel alone:\n", alone(kernels)] if alone(kernels) else []
     if several:
         told = "Ratios to the first column; GB: what a gradient through a scan over four such layers needs.\n"

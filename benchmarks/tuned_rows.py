@@ -2,9 +2,9 @@
 
     python benchmarks/tuned_rows.py --write lora_jax/kernels/tuned_rows.py
 
-Reads `kernels.jsonl` and `triton.jsonl` in `benchmarks/results` (forward + backward, against XLA) and `tuning.jsonl`, which
-`lora-jax tune ... --log benchmarks/results/tuning.jsonl` writes (the fastest tiles of a shape). Of a row measured more
-than once, the last counts. Without `--write`, prints the module.
+Reads `kernels.jsonl` and `triton.jsonl` in `benchmarks/results` (forward + backward, against XLA) and `tuning.jsonl`,
+which `lora-jax tune ... --log benchmarks/results/tuning.jsonl` writes (the fastest tiles of a shape). Of a row measured
+more than once, the last counts. Without `--write`, prints the module.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.pages import RESULTS, lines  # noqa: E402
 
 HEAD = '''"""What was measured where. Written by `benchmarks/tuned_rows.py`, each row from the line that it cites."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from lora_jax.kernels.measured import Race, Tiles

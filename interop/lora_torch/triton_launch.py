@@ -47,11 +47,9 @@ class Drop:
 
     @classmethod
     def seeded(cls, rate: float, seed: tuple[int, int], device: Any, *, row: int = 0, column: int = 0) -> Drop:
-        """`seed`: two words of 32 bits. `column` must be even: two neighbouring columns share a word."""
+        """`seed`: two words of 32 bits. `row` and `column`: any, of the first element of `x` in the whole array."""
         import torch
 
-        if column % 2:
-            raise ValueError(f"column={column}: a shard of `x` must begin at an even column for dropout")
         signed = [(word + 2**31) % 2**32 - 2**31 for word in (*seed, row, column)]
         return cls(rate, torch.tensor(signed, dtype=torch.int32, device=device))
 

@@ -48,10 +48,9 @@ def unsupported(m: int, k: int, n: int, rank: int, dtype: Any) -> str | None:
 
 def slower(m: int, k: int, n: int, rank: int, dtype: Any, dropped: bool, device_kind: str) -> str | None:
     """Why XLA is the better choice for these sizes, although the kernels could compute them, or None."""
-    if m % 8 or k % K_TILE or n % K_TILE:
-        return (
-            f"M={m} is no multiple of 8, or K={k} or N={n} none of {K_TILE}: the operands would be copied to pad them"
-        )
+    sizes = (("M", m, 8), ("K", k, K_TILE), ("N", n, K_TILE))
+    if ragged := [f"{name}={size} is no multiple of {of}" for name, size, of in sizes if size % of]:
+        return f"{', '.join(ragged)}: the operands would be copied to pad them"
     return tuned.slower("mosaic_gpu", m, k, n, rank, dropped, device_kind)
 
 

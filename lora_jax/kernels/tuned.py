@@ -108,8 +108,11 @@ def faster(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device
 
 
 def _nearest(family: str, m: int, k: int, n: int, rank: int, dropped: bool, device: str) -> Race:
-    """Of equally near ones that of the very device. The Hopper kernels are for one kind of chip, so that sizes count for
-    more; of those for several kinds the device's own measurements count alone."""
+    """Of equally near ones that of the very device.
+
+    The Hopper kernels are for one kind of chip, so that sizes count for more; of those for several kinds the device's
+    own measurements count alone.
+    """
     races = [race for race in RACES[family] if family == "mosaic_gpu" or race.device == device]
     if not races:
         raise LookupError(device)

@@ -1,5 +1,6 @@
 """What was measured where. Written by `benchmarks/tuned_rows.py`, each row from the line that it cites."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 from lora_jax.kernels.measured import Race, Tiles

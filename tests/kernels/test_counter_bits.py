@@ -64,7 +64,7 @@ def test_statistics():
 
 
 @pytest.mark.pinned
-def test_no_two_columns_are_dropped_together():
+def test_no_two_columns_and_no_two_rows_are_dropped_together():
     """All pairs at a low rate, with a seed of zeros, where the keys of columns are in many a small ratio."""
     shape, rate = (4096, 2048), 0.05
 
@@ -74,6 +74,7 @@ def test_no_two_columns_are_dropped_together():
         return float(np.abs(np.triu(v.T @ v, 1)).max()) / shape[0] ** 0.5
 
     assert furthest(drawn(shape, (0, 0))) < 8
+    assert furthest(drawn(shape[::-1], (0, 0)).T) < 8
     # What the check sees if a row adds nothing of its own to the product of the keys but the row's key once more.
     rows, columns = np.arange(shape[0], dtype=np.uint32), np.arange(shape[1], dtype=np.uint32)
     a = mixed(rows * np.uint32(0x9E3779B9))[:, None]

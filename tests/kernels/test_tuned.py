@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import tuned_rows as rows_of_results
-from lora_jax.kernels import tuned, tuned_rows, tuning_cache
+from lora_jax.kernels import mosaic_lora, tuned, tuned_rows, tuning_cache
 from lora_jax.kernels.gemm_config import GemmConfig, padded_rank, unsupported
 from lora_jax.kernels.shape_class import ShapeClass, class_of
 from lora_jax.ops import explain
@@ -85,6 +85,13 @@ def test_the_nearest_measurement_decides():
     # The nearest sizes count for more than the very device, which decides between equal ones.
     assert f"M=512, K=4096, N=14336, R=16 on {H100}" in slower(512, 4096, 14336, device="NVIDIA H200")
     assert "R=16 on NVIDIA H200" in slower(256, 4096, 4096, device="NVIDIA H200")
+
+
+def test_sizes_that_would_be_padded_are_named():
+    told = mosaic_lora.slower(8192, 4096, 4100, 16, jnp.bfloat16, False, H100)
+    assert told == "N=4100 is no multiple of 64: the operands would be copied to pad them"
+    told = mosaic_lora.slower(8190, 100, 4096, 16, jnp.bfloat16, False, H100)
+    assert told.startswith("M=8190 is no multiple of 8, K=100 is no multiple of 64:")
 
 
 def test_kernels_for_several_chips_are_judged_on_the_device_itself():
