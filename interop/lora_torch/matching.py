@@ -20,7 +20,8 @@ DEFAULT_TARGETS = ["*_proj"]
 def wildcard_match(pattern: str, key: str | None) -> bool:
     """Whether `pattern` matches the whole of `key`; a `key` of None is matched by nothing.
 
-    `*` is any text, dots included. The rest is a regular expression (`.` is any character, `.*` stays what it is).
+    `*` is any text, dots included. The rest is a regular expression (`.` is any character, `.*` stays what it is, but
+    after a number keeps its dot: `*.layers.1.*` is layer 1 and what is in it, not layer 10).
 
     **Raises:** `ValueError` if `pattern` is not a regular expression.
 
@@ -32,7 +33,8 @@ def wildcard_match(pattern: str, key: str | None) -> bool:
     if key is None:
         return False
     try:
-        return re.fullmatch(re.sub(r"(?<!\.)\*", ".*", pattern), key) is not None
+        parted = re.sub(r"((?:^|\.)\d+)\.\*", r"\1(?:\\..*)?", pattern)
+        return re.fullmatch(re.sub(r"(?<!\.)\*", ".*", parted), key) is not None
     except re.error as error:
         raise ValueError(
             f"pattern {pattern!r} is not a regular expression ({error}): `*` stands for any text, and `+`, `(`, `[` "

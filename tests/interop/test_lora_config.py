@@ -69,6 +69,10 @@ def test_unknown_fields():
     [
         ("*.layers.0.*.q_proj", "model.layers.0.self_attn.q_proj", True),
         ("*.layers.0.*.q_proj", "model.layers.1.self_attn.q_proj", False),
+        ("*.layers.1.*", "model.layers.1.self_attn.q_proj", True),
+        ("*.layers.1.*", "model.layers.10.self_attn.q_proj", False),  # a number is a whole one
+        ("*.layers.1.*.q_proj", "model.layers.10.self_attn.q_proj", False),
+        ("1.*", "10.fc", False),
         ("*_proj", "layers.0.q_proj", True),
         ("*_proj", "layers.0.q_proj.base", False),  # the whole name
         (".*fc.*", "decoder.fc1", True),
