@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -97,6 +98,8 @@ class ModuleMatcher:
 def _patterns(option: str, value: list[str] | str | None) -> list[str]:
     if value is None:
         return []
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{option}={value!r}: write a list of names or patterns")
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:

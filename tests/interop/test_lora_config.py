@@ -64,6 +64,12 @@ def test_unknown_fields():
         PeftConfig.from_dict({"use_tritn": True})
 
 
+@pytest.mark.parametrize("value", [3, {"q_proj"}])
+def test_patterns_that_are_no_list(value):
+    with pytest.raises(TypeError, match="target_modules=.*: write a list of names or patterns"):
+        PeftConfig(target_modules=value)
+
+
 @pytest.mark.parametrize(
     "pattern,name,wanted",
     [

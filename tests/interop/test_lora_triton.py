@@ -207,6 +207,8 @@ def test_a_forward_of_its_own():
     low = plain.scale * x @ plain.lora_A.weight.T @ plain.lora_B.weight.T
     assert torch.allclose(made(x), base + low, atol=1e-4) and torch.allclose(plain(x), base + low, atol=1e-4)
     assert (base / 2).abs().max() > 0.1 and low.abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="the base has a forward of its own"):
+        plain.materialize_effective_weight()
 
 
 @pytest.mark.parametrize("dora", [False, True])  # the whole layer, and the branch alone
