@@ -9,6 +9,7 @@ The Triton counterpart is `triton_linear.LoRATritonFunction`.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,39 @@ class LowRankFunction(torch.autograd.Function):
         if wants_b:
             db = d_flat.T @ (F.linear(flat, a) * ctx.scale)
         return dx, da, db, None, dy if wants_res else None
+
+
+def refuses_twice(gradients: Callable[[Any, torch.Tensor], Any]) -> Callable[..., Any]:
+    """A `backward` on `gradients`, whose results raise when they are differentiated in turn.
+
+    torch's `once_differentiable` ties them to `dy` alone. That of `y.sum()` waits for no gradient, and then a second
+    derivative silently takes this pass for a constant: here they are tied to what was saved as well.
+    """
+
+    def backward(ctx: Any, dy: torch.Tensor):
+        # Microseconds, which are for those who may ask for second derivatives.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return gradients(ctx, dy)
+        with torch.no_grad():
+            found = gradients(ctx, dy)
+        saved = [each for each in ctx.saved_tensors if each is not None]
+        return tuple(None if each is None else _Once.apply(each, dy, *saved) for each in found)
+
+    return backward
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, tied to what it depends on by a derivative that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor):
+        raise RuntimeError(
+            "Triton layers and fused MLPs cannot be differentiated twice: write use_triton=False, and do not fuse"
+        )
 
 
 def check_branch(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, res: torch.Tensor | None) -> None:

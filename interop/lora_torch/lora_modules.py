@@ -129,11 +129,13 @@ class LinearLoRA(nn.Linear):
 
         Differentiable with respect to the adapter.
 
-        **Raises:** `NotImplementedError` for a quantised base; `RuntimeError` in training mode with dropout, where no
-        single weight does what the layer does.
+        **Raises:** `NotImplementedError` for a base that is quantised or has a forward of its own; `RuntimeError` in
+        training mode with dropout, where no single weight does what the layer does.
         """
         if not is_dense(self):
             raise NotImplementedError(f"{self.where}the base is packed ({describe(self.weight)}): dequantise it first")
+        if not self.base_is_plain:
+            raise NotImplementedError(f"{self.where}the base has a forward of its own, which no weight alone does")
         if self.training and self.dropout_p:
             raise RuntimeError(f"{self.where}dropout={self.dropout_p} is active: call eval() first")
         weight = self._sum()

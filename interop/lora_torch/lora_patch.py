@@ -78,6 +78,8 @@ def apply_lora_to_linear_modules(
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config is a {type(peft_config).__name__}: write PeftConfig(...) or PeftConfig.from_dict")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     peft_config.check()
     found = _targets(model, peft_config.matcher())
     check_whole(model, found)
@@ -142,7 +144,7 @@ def _unmatched(model: nn.Module, option: str, pattern: str, linears: list[str]) 
 def _check(linear: nn.Module, config: PeftConfig, name: str | None) -> None:
     reason = unfit(linear, config)
     if reason is not None:
-        raise type(reason)(f"{name}: {reason}" if name else str(reason))
+        raise type(reason)(f"{name or 'the layer'}: {reason}")
     if config.use_triton:
         try:
             import triton  # noqa: F401

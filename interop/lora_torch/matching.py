@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -20,7 +21,8 @@ DEFAULT_TARGETS = ["*_proj"]
 def wildcard_match(pattern: str, key: str | None) -> bool:
     """Whether `pattern` matches the whole of `key`; a `key` of None is matched by nothing.
 
-    `*` is any text, dots included. The rest is a regular expression (`.` is any character, `.*` stays what it is).
+    `*` is any text, dots included. The rest is a regular expression (`.` is any character, `.*` stays what it is, but
+    after a number keeps its dot: `*.layers.1.*` is layer 1 and what is in it, not layer 10).
 
     **Raises:** `ValueError` if `pattern` is not a regular expression.
 
@@ -32,7 +34,8 @@ def wildcard_match(pattern: str, key: str | None) -> bool:
     if key is None:
         return False
     try:
-        return re.fullmatch(re.sub(r"(?<!\.)\*", ".*", pattern), key) is not None
+        parted = re.sub(r"((?:^|\.)\d+)\.\*", r"\1(?:\\..*)?", pattern)
+        return re.fullmatch(re.sub(r"(?<!\.)\*", ".*", parted), key) is not None
     except re.error as error:
         raise ValueError(
             f"pattern {pattern!r} is not a regular expression ({error}): `*` stands for any text, and `+`, `(`, `[` "
@@ -95,6 +98,8 @@ class ModuleMatcher:
 def _patterns(option: str, value: list[str] | str | None) -> list[str]:
     if value is None:
         return []
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{option}={value!r}: write a list of names or patterns")
     patterns = [value] if isinstance(value, str) else list(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:

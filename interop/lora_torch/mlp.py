@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from . import lora_autograd as plain
 from . import triton_linear
 from .joining import joined
-from .lora_autograd import as_they_are, compute_dtype, rows, unflattened
+from .lora_autograd import as_they_are, compute_dtype, refuses_twice, rows, unflattened
 from .lora_making import is_distributed
 from .lora_modules import LinearLoRA, TritonLinearLoRA, is_trained
 
@@ -95,10 +94,10 @@ class LoRAMLPFunction(torch.autograd.Function):
         return unflattened(y, x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        with as_they_are(grad_outputs[0]):
-            return _gradients(ctx, grad_outputs[0])
+    @refuses_twice
+    def backward(ctx: Any, dy: torch.Tensor):
+        with as_they_are(dy):
+            return _gradients(ctx, dy)
 
 
 def _gradients(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -21,11 +21,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import triton_launch as launch
 from . import triton_ops as ops
-from .lora_autograd import as_they_are, changeable, check_branch, compute_dtype, rows, unflattened
+from .lora_autograd import as_they_are, changeable, check_branch, compute_dtype, refuses_twice, rows, unflattened
 from .lora_making import is_distributed
 
 
@@ -88,9 +87,8 @@ class LoRATritonFunction(torch.autograd.Function):
         ctx.res_dtype = res[0].dtype if res and res[0] is not None else None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        (d_y,) = grad_outputs
+    @refuses_twice
+    def backward(ctx: Any, d_y: torch.Tensor):
         x, lora_A, lora_B = ctx.saved_tensors
         a, b = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype)
         flat, d_flat = rows(x).to(ctx.dtype), rows(d_y).to(ctx.dtype)
@@ -163,11 +161,10 @@ class LoRALinearFunction(torch.autograd.Function):
         return y.resize_((*x.shape[:-1], y.shape[1]))  # no view either, and a fraction of the time
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        # The refusal of second derivatives takes microseconds, which are for those who may ask for them.
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with as_they_are(grad_outputs[0]):
-            return (_once if twice else _gradients)(ctx, grad_outputs[0])
+    @refuses_twice
+    def backward(ctx: Any, dy: torch.Tensor):
+        with as_they_are(dy):
+            return _gradients(ctx, dy)
 
 
 def _gradients(ctx: Any, dy: torch.Tensor):
@@ -179,9 +176,6 @@ def _gradients(ctx: Any, dy: torch.Tensor):
     if dx is not None and x.ndim != 2:
         dx = dx.view(x.shape)
     return dx, None, None, da, db, None, None
-
-
-_once = once_differentiable(_gradients)
 
 
 def forward_rows(x, w, bias, a, b, scale: float, rate: float, words, post: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,11 +64,21 @@ def test_unknown_fields():
         PeftConfig.from_dict({"use_tritn": True})
 
 
+@pytest.mark.parametrize("value", [3, {"q_proj"}])
+def test_patterns_that_are_no_list(value):
+    with pytest.raises(TypeError, match="target_modules=.*: write a list of names or patterns"):
+        PeftConfig(target_modules=value)
+
+
 @pytest.mark.parametrize(
     "pattern,name,wanted",
     [
         ("*.layers.0.*.q_proj", "model.layers.0.self_attn.q_proj", True),
         ("*.layers.0.*.q_proj", "model.layers.1.self_attn.q_proj", False),
+        ("*.layers.1.*", "model.layers.1.self_attn.q_proj", True),
+        ("*.layers.1.*", "model.layers.10.self_attn.q_proj", False),  # a number is a whole one
+        ("*.layers.1.*.q_proj", "model.layers.10.self_attn.q_proj", False),
+        ("1.*", "10.fc", False),
         ("*_proj", "layers.0.q_proj", True),
         ("*_proj", "layers.0.q_proj.base", False),  # the whole name
         (".*fc.*", "decoder.fc1", True),

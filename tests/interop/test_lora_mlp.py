@@ -203,3 +203,12 @@ def test_what_a_call_refuses():
     mlp.down_proj.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="down_proj: weight or bias are to be trained, so this MLP cannot run fused"):
         fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, torch.ones(2, K))
+
+
+def test_double_backward_is_refused():
+    mlp = adapted(SwiGLU())
+    x = torch.randn(3, mlp.up_proj.in_features, requires_grad=True)
+    y = fused_lora_swiglu_mlp(mlp.gate_proj, mlp.up_proj, mlp.down_proj, x)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(grad.square().sum() + y.sum(), mlp.up_proj.lora_A.weight)

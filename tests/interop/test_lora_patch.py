@@ -333,3 +333,11 @@ except ModuleNotFoundError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0: use_triton=True needs triton: install `lora-jax[triton]`, or write use_triton")
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match="model is a dict: pass a torch.nn.Module"):
+        apply_lora_to_linear_modules({}, PeftConfig())  # pyright: ignore[reportArgumentType]
+    layer = patch_linear_module(nn.Linear(4, 4), 2, use_triton=False)
+    with pytest.raises(ValueError, match="the layer: has an adapter already"):
+        patch_linear_module(layer, 2, use_triton=False)

@@ -207,14 +207,19 @@ def test_a_forward_of_its_own():
     low = plain.scale * x @ plain.lora_A.weight.T @ plain.lora_B.weight.T
     assert torch.allclose(made(x), base + low, atol=1e-4) and torch.allclose(plain(x), base + low, atol=1e-4)
     assert (base / 2).abs().max() > 0.1 and low.abs().max() > 0.1
+    with pytest.raises(NotImplementedError, match="the base has a forward of its own"):
+        plain.materialize_effective_weight()
 
 
-def test_double_backward_is_refused():
-    made = layer()
+@pytest.mark.parametrize("dora", [False, True])  # the whole layer, and the branch alone
+def test_double_backward_is_refused(dora):
+    made = layer(use_dora=dora)
     x, _ = tensors(3, 24, n=40)
-    (grad,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    # The gradient of a plain sum waits for none itself: torch's own mark lets the penalty's pass for a constant.
+    for y in (made(x).square(), made(x)):
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice: write use_triton=False"):
+            torch.autograd.grad(grad.square().sum() + y.sum(), made.lora_A.weight)
 
 
 # Dynamo, tracing an autograd function, does what torch warns of.

@@ -151,3 +151,8 @@ def test_configuration() -> None:
         tt.tune_to_peft_adapter_config({**config, "target_modules": ["o_proj"]})
     with pytest.raises(ValueError, match="`target_modules` must be a list of names, got 'q_proj'"):
         tt.tune_to_peft_adapter_config({**config, "target_modules": "q_proj"})
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match="`num_heads` must be positive, got 0"):
+        tt.tune_to_peft_adapter_weights({}, num_heads=0)
