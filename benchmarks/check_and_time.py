@@ -3,9 +3,11 @@
     python3 benchmarks/check_and_time.py [--commit NAME] [--only WORD ...] [--out benchmarks/results]
 
 Needs jax for CUDA and pytest, with pytest-xdist if there is more than one core; steps for PyTorch are left out where
-torch or triton is missing, and that is said. Tests come first: what fails them is not timed. JSON lines are appended to
-the files in `--out`, the output of each step goes to a log beside them. The exit status is 1 if a step failed or did
-not come to its end. Afterwards, `kernels_table.py`, `kernels_plot.py` and `tuned_rows.py` renew what is made of them.
+torch or triton is missing, tests of Triton from JAX where jax-triton is, and that is said. The tests of `tune` time by
+themselves, for minutes, and are left to `pytest -m gpu`. Tests come first: what fails them is not timed. JSON lines are
+appended to the files in `--out`, the output of each step goes to a log beside them. The exit status is 1 if a step
+failed or did not come to its end. Afterwards, `kernels_table.py`, `kernels_plot.py` and `tuned_rows.py` renew what is
+made of them.
 """
 
 from __future__ import annotations
@@ -41,17 +43,23 @@ def steps(out: Path, commit: str) -> list[Step]:
     workers = min(8, os.cpu_count() or 1)
     parallel = ["-n", str(workers), "-p", "no:benchmark"] if workers > 1 and _has("xdist") else []
     timed = [python, "benchmarks/kernels.py", *named]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-k", wanted(), *parallel, "tests"]
     return [
-        Step("tests", [python, "-m", "pytest", "-q", "-m", "gpu", *parallel, "tests"], 200, ("pytest",)),
-        Step("kernels", [*timed, "--budget", "200", "--out", str(out / "kernels.jsonl")], 240),
-        Step("train", [*timed, "--train", "--quick", "--out", str(out / "train_step.jsonl")], 120),
+        Step("tests", tests, 250, ("pytest",)),
+        Step("kernels", [*timed, "--budget", "140", "--out", str(out / "kernels.jsonl")], 180),
+        Step("train", [*timed, "--train", "--quick", "--out", str(out / "train_step.jsonl")], 100),
         Step(
             "triton",
-            [python, "benchmarks/triton_kernels.py", "--json", str(out / "triton_kernels.jsonl"), "--seconds", "60"],
-            120,
+            [python, "benchmarks/triton_kernels.py", "--json", str(out / "triton_kernels.jsonl"), "--seconds", "30"],
+            60,
             ("torch", "triton"),
         ),
     ]
+
+
+def wanted() -> str:
+    """Which of the tests for a GPU."""
+    return "not tune" if _has("jax_triton") else "not tune and not triton"
 
 
 def run(step: Step, log: Path, seconds: float) -> int | None:
@@ -80,7 +88,7 @@ def record_tests(log: Path, commit: str, out: Path) -> None:
     last = log.read_text().strip().splitlines()[-1]
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     line = {
-        "command": "pytest -m gpu",
+        "command": f"pytest -m gpu -k '{wanted()}'",
         **{"passed": 0, "failed": 0, **counts},
         "gpu": jax.devices()[0].device_kind,
         "python": sys.version.split()[0],
@@ -115,6 +123,7 @@ def main() -> None:
         log, start = out / f"{step.name}.log", time.monotonic()
         status = run(step, log, min(step.seconds, max(1, began + SECONDS - start)))
         told = "stopped, for want of time" if status is None else "well" if status == 0 else f"failed ({status})"
+        told += f" ({wanted()})" if step.name == "tests" else ""
         print(f"{step.name}: {told}, {time.monotonic() - start:.0f} s, {log}", flush=True)
         print(
             "".join(f"  {line}\n" for line in log.read_text().splitlines()[-(4 if status == 0 else 25) :]), flush=True
