@@ -93,27 +93,24 @@ def ratios(rows: list[Row], *, others: bool) -> str:
 
 def beside(kernels: list[Row], triton: list[Row], torch: list[Row]) -> str:
     """Forward + backward of JAX and of PyTorch, each as a ratio to the frozen linear of its own framework."""
-    found: dict[tuple[str, float], dict[str, str]] = {}
-    for rows, theirs in ((kernels, ""), (triton, "Triton ")):
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    for rows, theirs, names in ((kernels, "", ("XLA LoRA", "kernels")), (triton, "Triton ", ("kernels",))):
         for row in rows:
             name, _, dropout = row["row"].partition(", ")
-            if row["pass"] == "forward + backward" and name in (("kernels",) if theirs else ("XLA LoRA", "kernels")):
-                key = "{}, {}, {}, {}".format(*shape_of(row)), 0.05 if dropout else 0.0
+            if row["pass"] == "forward + backward" and name in names:
+                key = "{}, {}, {}, {}".format(*shape_of(row)), bool(dropout)
                 found.setdefault(key, {})["JAX: " + theirs + name] = f"{row['ratio']:.2f}"
+    shapes = dict.fromkeys(row["shape"].replace(",", ", ") for row in torch)
     for row in torch:
         if row["pass"] == "forward + backward, captured" and row["row"] in TORCH:
-            key = row["shape"].replace(",", ", "), row["rate"]
+            key = row["shape"].replace(",", ", "), row["rate"] > 0
             found.setdefault(key, {})["torch: " + row["row"]] = f"{row['ratio']:.2f}"
-    shapes = dict.fromkeys(row["shape"].replace(",", ", ") for row in torch)
     columns = ["JAX: XLA LoRA", "JAX: kernels", "JAX: Triton kernels", *("torch: " + name for name in TORCH)]
-    lines = []
-    for dropped in (False, True):
-        for shape in shapes:
-            each: dict[str, str] = {}
-            for (other, rate), cells in found.items():
-                if other == shape and (rate > 0) == dropped:
-                    each |= cells
-            lines.append([shape, "dropout" if dropped else "", *(each.get(name, "") for name in columns)])
+    lines = [
+        [shape, "dropout" if dropped else "", *(found.get((shape, dropped), {}).get(name, "") for name in columns)]
+        for dropped in (False, True)
+        for shape in shapes
+    ]
     return aligned(["M, K, N, R", "", *columns], lines)
 
 

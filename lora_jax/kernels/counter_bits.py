@@ -55,23 +55,25 @@ def pair(columns: jax.Array) -> jax.Array:
     return above | (columns & 63)
 
 
+def _factor(upper: bool | jax.Array) -> int | jax.Array:
+    """What makes a column's own bits of the word of its pair."""
+    if isinstance(upper, bool):
+        return _UPPER if upper else _LOWER
+    return jnp.where(upper, jnp.int32(_UPPER), jnp.int32(_LOWER))
+
+
 def survives(word: jax.Array, upper: bool | jax.Array, threshold: int) -> jax.Array:
     """Whether the 16 bits of a pair's lower or upper column, the one with `column & 64`, reach `threshold`.
 
     The bits are the upper half of a product. So that a comparison does without a shift, and without unsigned numbers,
     the definition has their first one flipped.
     """
-    if isinstance(upper, bool):
-        factor = _UPPER if upper else _LOWER
-    else:
-        factor = jnp.where(upper, jnp.int32(_UPPER), jnp.int32(_LOWER))
-    return word * factor >= jnp.int32(threshold * STEPS - 2**31)
+    return word * _factor(upper) >= jnp.int32(threshold * STEPS - 2**31)
 
 
 def bits16(seed0: jax.Array, seed1: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """16 random bits, in the low half of int32, for each (row, column). All int32, of one shape."""
-    factor = jnp.where((columns & 64) != 0, jnp.int32(_UPPER), jnp.int32(_LOWER))
-    product = words(seed0, seed1, rows, pair(columns)) * factor
+    product = words(seed0, seed1, rows, pair(columns)) * _factor((columns & 64) != 0)
     return lax.shift_right_logical(product, _like(16, product)) ^ 0x8000
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_jax import reference
+from tests.kernels.problems import drawn
 
 if TYPE_CHECKING:
     import torch
@@ -41,21 +42,9 @@ def exact(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def mask(m: int, k: int, rate: float, *, row: int = 0, column: int = 0, seed: tuple[int, int] = SEED) -> np.ndarray:
-    """0 or 1 / (1 - rate) by the definition in `triton_dropout`, in unbounded integers."""
-
-    def fmix(v: Any) -> Any:
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            v = ((v ^ (v >> shift)) * factor) % 2**32
-        return v ^ (v >> 16)
-
-    i = np.arange(row, row + m).astype(object)[:, None]
-    j = np.arange(column, column + k).astype(object)[None]
-    key, v = (i * 0x9E3779B9 + seed[1]) % 2**32, (((j >> 7 << 6) | (j & 63)) * 0x85EBCA6B + seed[0]) % 2**32
-    word = ((fmix(key) | 1) * ((v ^ (v >> 16)) * 0xC2B2AE35 % 2**32 | 1) + key) % 2**32
-    factor = 0xC2B2AE35 + (j >> 6 & 1) * (0x27D4EB2F - 0xC2B2AE35)
-    bits = ((word ^ (word >> 16)) * factor % 2**32 >> 16) ^ 0x8000
+    """0 or 1 / (1 - rate), from the formula in the documentation."""
     threshold = round(rate * 65536)
-    return (bits >= threshold).astype(np.float64) * (65536 / (65536 - threshold))
+    return (drawn((m, k), seed, (row, column)) >= threshold) * (65536 / (65536 - threshold))
 
 
 def assert_close(got: torch.Tensor, product: Any, tensors: dict[str, torch.Tensor], terms: int, wrong: Any) -> None:

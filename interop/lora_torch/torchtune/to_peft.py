@@ -29,7 +29,7 @@ def tune_to_peft_adapter_weights(
 
     **Raises:** `ValueError` for a name that no such decoder has, or q or k whose rows are not the heads' rows.
     """
-    decoder = TuneDecoder(num_heads, num_kv_heads, head_dim or dim // max(num_heads, 1))  # which checks them
+    decoder = _decoder(num_heads, num_kv_heads, dim, head_dim)
     return translate(state_dict, "torchtune", "peft-file", decoder=decoder)
 
 
@@ -41,8 +41,13 @@ def peft_to_tune_adapter_weights(
     head_dim: int | None = None,
 ) -> dict[str, Any]:
     """The exact inverse of `tune_to_peft_adapter_weights`, which torchtune lacks."""
-    decoder = TuneDecoder(num_heads, num_kv_heads, head_dim or dim // max(num_heads, 1))  # which checks them
+    decoder = _decoder(num_heads, num_kv_heads, dim, head_dim)
     return translate(state_dict, "peft-file", "torchtune", decoder=decoder)
+
+
+def _decoder(num_heads: int, num_kv_heads: int, dim: int, head_dim: int | None) -> TuneDecoder:
+    # No heads at all are refused there, in words.
+    return TuneDecoder(num_heads, num_kv_heads, head_dim or dim // max(num_heads, 1))
 
 
 def tune_to_peft_adapter_config(
