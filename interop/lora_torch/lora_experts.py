@@ -12,16 +12,21 @@ logger = logging.getLogger(__name__)
 COUNTS = ("n_activated_experts", "num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k")
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether the layer `name` is below a module called `experts`."""
+    return "experts" in name.split(".")[:-1]
+
+
 def expert_rank(model: nn.Module, name: str, dim: int) -> int:
-    """The rank of the linear layer `name`: `dim // active experts` below a module called `experts`, else `dim`.
+    """The rank of the linear layer `name`: `dim // active experts` if it is an expert's (`is_of_expert`), else `dim`.
 
     The number of active experts is looked for on the modules around it and their `config`, nearest first.
 
     **Raises:** `ValueError` if it is nowhere, or leaves a rank of 0. A remainder is reported in the log.
     """
-    parts = name.split(".")
-    if "experts" not in parts[:-1]:
+    if not is_of_expert(name):
         return dim
+    parts = name.split(".")
     active = _active_experts(model, parts[: parts.index("experts") + 1])
     if active is None:
         raise ValueError(

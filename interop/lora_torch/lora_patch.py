@@ -10,7 +10,7 @@ from torch import nn
 
 from .joining import joined
 from .lora_config import PeftConfig, dtype_of
-from .lora_experts import expert_rank
+from .lora_experts import expert_rank, is_of_expert
 from .lora_making import attach, new_adapter, unfit
 from .lora_modules import LinearLoRA, TritonLinearLoRA
 from .lora_whole import check_whole
@@ -88,6 +88,11 @@ def apply_lora_to_linear_modules(
         peft_config = _with(peft_config, lora_dtype=dtype_of(compute))
     configs = {name: peft_config for name in found}
     if peft_config.moe_rank_scaling:
+        if not any(map(is_of_expert, found)):
+            raise ValueError(
+                f"moe_rank_scaling=True, but none of the {len(found)} linear layers to adapt is below a module "
+                f"`experts`, neither {next(iter(found))!r} nor another: leave it out"
+            )
         configs = {name: _with(peft_config, dim=expert_rank(model, name, peft_config.dim)) for name in found}
     for name, linear in found.items():
         _check(linear, configs[name], name)

@@ -306,6 +306,11 @@ def test_ranks_of_experts(caplog):
         with pytest.raises(ValueError, match=r"experts\.0\..*: moe_rank_scaling .*" + message):
             apply_lora_to_linear_modules(experts, config)
         assert picture(experts) == before
+    dense = Model()
+    before = picture(dense)
+    with pytest.raises(ValueError, match=r"moe_rank_scaling=True, but none of the \d+ linear layers .* below a module"):
+        apply_lora_to_linear_modules(dense, config)
+    assert picture(dense) == before
 
 
 def test_triton_is_what_it_says():
