@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_torch import triton_launch
+from lora_torch import triton_product
 from lora_torch.lora import patch_linear_module
 
 ALPHA_PER_RANK = 2.0
 NEMO = "NeMo Automodel"
-# As "x @ A kept", but with torch's products alone where `triton_launch.product` has a kernel.
+# As "x @ A kept", but with torch's products alone where `triton_product.product` has a kernel.
 TORCH_TAIL = "TritonLinearLoRA, tail by torch"
 
 
@@ -88,11 +88,11 @@ def ours(linear: nn.Linear, rank: int, rate: float, **options: Any) -> nn.Module
 
 @contextlib.contextmanager
 def torch_tail() -> Iterator[None]:
-    ours, triton_launch.hopper = triton_launch.hopper, lambda *_: None
+    ours, triton_product.ready = triton_product.ready, lambda *_: None  # nothing is planned
     try:
         yield
     finally:
-        triton_launch.hopper = ours
+        triton_product.ready = ours
 
 
 MAKERS: dict[str, Callable[[nn.Linear, int, float], nn.Module]] = {

@@ -25,6 +25,7 @@ import triton.testing
 
 from lora_jax.kernels import triton_configs as configs
 from lora_torch import triton_launch as launch
+from lora_torch import triton_product
 
 SHAPES = [
     (8192, 4096, 4096, 16),
@@ -227,7 +228,7 @@ class Ours(torch.autograd.Function):
         h = launch.down(x, a.T, s, drop, config=best.get("h"))
         ctx.save_for_backward(x, w, a, b, h)
         ctx.rest = s, drop, best
-        return launch.product(x, w, h, b, transposed=True)
+        return triton_product.product(x, w, h, b, transposed=True)
 
     @staticmethod
     def backward(ctx, dy):
@@ -235,7 +236,7 @@ class Ours(torch.autograd.Function):
         s, drop, best = ctx.rest
         g = launch.down(dy, b, s, config=best.get("g"))
         db = launch.outer(h, dy, config=best.get("db")).T
-        dx = launch.product(dy, w, g, a, None, drop)
+        dx = triton_product.product(dy, w, g, a, None, drop)
         da = launch.outer(g, x, drop, config=best.get("da"))
         return dx, None, da.to(a.dtype), db.to(b.dtype), None, None, None
 

@@ -3,14 +3,16 @@
 Letters, as in the kernel files:
     M tokens    K input features    N output features    R rank
 
-A LoRA linear is four calls forward and backward, with `h` kept in between (M * R elements):
+A LoRA linear is these calls forward and backward, with `h` kept in between (M * R elements); `product` is in
+`triton_product`:
 
     h = down(x, a, scale, drop);   y = product(x, w, h, b, bias)
     g = down(dy, b.T, scale);      dx = product(dy, w.T, g, a.T, None, drop)
     da = outer(g, x, drop).T;      db = outer(h, dy)
 
 This drops elements of `x`. To drop elements of the low-rank result instead, give `drop` to `y`'s `product`, to `g`'s
-`down` and to `db`'s `outer`, and to no other. `forward` and `input_gradient` are the two products by `triton_gemm`.
+`down` and to `db`'s `outer`, and to no other. Without dropout `triton_product.adapted` is both calls of a line.
+`forward` and `input_gradient` are the two products by `triton_gemm`.
 
 `w` is (K, N): pass `linear.weight.T`, a view. So are `a` (K, R), PyTorch's `lora_A.weight.T`, and `b` (R, N).
 """
@@ -21,10 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_jax.kernels import triton_plans as plans
-from lora_jax.kernels.triton_configs import GemmConfig, HopperConfig, PassConfig
-from lora_jax.kernels.triton_plans import Matrix
+from lora_jax.kernels.triton_configs import GemmConfig, PassConfig
 
-from .triton_run import Ready, has_hopper_kernel, interpreting, lies, ready, seen, sms
+from .triton_run import interpreting, lies, ready, seen, sms
 
 if TYPE_CHECKING:
     import torch
@@ -127,8 +128,8 @@ def up(
     Raises: as `down`.
     """
     threshold = drop.threshold if drop else 0
-    bias = _dense(bias)
-    operands = _operands(h=h, b=b, bias=bias)
+    bias = dense(bias)
+    operands = given(h=h, b=b, bias=bias)
     t = h.new_empty(h.shape[0], b.shape[-1])
 
     def plan() -> plans.Launch:
@@ -160,84 +161,6 @@ def forward(
     return _gemm(x, w, h, b, bias, drop, config)
 
 
-def product(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    h: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    drop: Drop | None = None,
-    *,
-    transposed: bool = False,
-    config: HopperConfig | None = None,
-) -> torch.Tensor:
-    """What `forward` computes, in the fastest way: by `triton_hopper_gemm` where it can (`hopper`), else `by_library`.
-
-    `transposed`: `w` is (N, K) and `b` is (N, R), as PyTorch stores them. `triton_gemm`, which `forward` launches,
-    loses more against a library's product than it saves, on Hopper at least.
-
-    Raises: as `down`.
-    """
-    launch = hopper(x, w, h, b, bias, transposed, config) if drop is None else None
-    if launch is not None:
-        turned = launch.plan.numbers["W_T"] != transposed
-        right, tail = (w.T, b.T) if turned else (w, b)
-        y = x.new_empty(x.shape[0], tail.shape[0 if launch.plan.numbers["W_T"] else 1])
-        launch(y, {"x_ptr": x, "w_ptr": right, "h_ptr": h, "b_ptr": tail, "bias_ptr": bias})
-        return y
-    return by_library(x, w.T, h, b.T, bias, drop) if transposed else by_library(x, w, h, b, bias, drop)
-
-
-def hopper(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    h: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    transposed: bool,
-    config: HopperConfig | None = None,
-) -> Ready | None:
-    """The launch of `triton_hopper_gemm` for the operands of `product`, or None where the library is the better way.
-
-    That is: on other GPUs, in float32, where rows do not begin at multiples of 16 bytes or the bias has gaps, and for
-    fewer tiles than half the multiprocessors, whose depth a library splits among those that would have none.
-    """
-
-    def plan() -> plans.Launch | None:
-        right, tail = (w.T, b.T) if transposed else (w, b)
-        check(
-            _operands(x=x, w=right, h=h, b=tail, bias=bias),
-            [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)],
-        )
-        y = Matrix.row_major(x.shape[0], right.shape[1], x.element_size(), tma=True)
-        lying = [*map(seen, (x, right, h, tail)), y]
-        if not has_hopper_kernel(x.device.index) or not plans.hopper_fits(*lying) or bias is not _dense(bias):
-            return None
-        count = sms(x.device.index)
-        launch = plans.hopper_gemm(*lying, count, bias=bias is not None, config=config)
-        return launch if config or launch.programs >= count // 2 else None
-
-    return ready(("product", lies(x), lies(w), lies(h), lies(b), lies(bias), transposed, config), plan)
-
-
-def by_library(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    h: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    drop: Drop | None = None,
-) -> torch.Tensor:
-    """What `forward` computes, with torch's product: the adapter's part first, and the product added into it.
-
-    That part is rounded before: one rounding more than `forward` has. With `drop` it is `up`'s, else torch's too.
-    """
-    from .lora_autograd import changeable
-
-    part = up(h, b, bias, drop) if drop else changeable(h, b, bias)
-    return part.addmm_(x, w)
-
-
 def input_gradient(
     dy: torch.Tensor,
     w: torch.Tensor,
@@ -264,8 +187,8 @@ def _gemm(
     config: GemmConfig | None,
 ) -> torch.Tensor:
     threshold = drop.threshold if drop else 0
-    bias = _dense(bias)
-    operands = _operands(x=x, w=w, h=h, b=b, bias=bias)
+    bias = dense(bias)
+    operands = given(x=x, w=w, h=h, b=b, bias=bias)
     y = x.new_empty(x.shape[0], w.shape[-1])
 
     def plan() -> plans.Launch:
@@ -299,8 +222,7 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
             raise ValueError(f"`{name}` is on {tensor.device} but `{first_name}` is on {first.device}")
         if tensor.ndim != (1 if name == "bias" else 2):
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}: flatten it to two dimensions first")
-    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"`{first_name}` is {first.dtype}: the Triton kernels take float32, float16 and bfloat16")
+    check_dtype(first, f"`{first_name}`")
     for left, i, right, j in equal:
         if right == "bias" and right not in tensors:
             continue
@@ -317,12 +239,19 @@ def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int
         )
 
 
-def _operands(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def check_dtype(tensor: torch.Tensor, name: str) -> None:
+    """**Raises** `TypeError`, which begins with `name`, for a dtype that the kernels do not take."""
+    # By the number of bits and not by a list, which would be an import of torch in every call of a layer.
+    if not tensor.is_floating_point() or tensor.element_size() not in (2, 4):
+        raise TypeError(f"{name} is {tensor.dtype}: the Triton kernels take float32, float16 and bfloat16")
+
+
+def given(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """Those that are there."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
     """The kernels know no stride of a bias."""
     return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 

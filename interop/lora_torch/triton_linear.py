@@ -11,9 +11,10 @@ Tensors lie as PyTorch stores them: `w` (N, K), `a` (R, K), `b` (N, R).
 What is dropped here is `x` ("pre"). With "post" it is the low-rank result: `drop` then stands around `h @ b.T`, and
 around `dy` in `g` and in `db`. No mask is kept: four words on the device are, and the kernels ask them again.
 
-The thin passes in which nothing is dropped are torch's own products: they read `x` and `dy` as fast as the kernels, and
-one call of C++ is handed to the GPU in a fraction of the time that Python takes for a kernel and for the sum of its
-parts. The kernels do those with dropout, which torch has no product for, and the products of full size.
+Where nothing is dropped, `h` and `g` come with the product of full size (`triton_product.adapted`), and da and db are
+torch's own products: they read `x` and `dy` as fast as the kernels, and one call of C++ is handed to the GPU in a
+fraction of the time that Python takes for a kernel and for the sum of its parts. With dropout, which torch has no
+product for, the thin passes are kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .lora_making import is_distributed
 def require(layer: Any, *tensors: torch.Tensor) -> None:
     """Raises, with `layer.where` in front, if the kernels cannot run on these tensors' device or kind.
 
-    `RuntimeError` for a device without CUDA and no interpreter; `NotImplementedError` for a DTensor.
+    `RuntimeError` for a device without CUDA and no interpreter, `TypeError` for a dtype, `NotImplementedError` for a
+    DTensor.
     """
     for tensor in tensors:
         if is_distributed(tensor):
@@ -41,9 +43,10 @@ def require(layer: Any, *tensors: torch.Tensor) -> None:
             )
     first = tensors[0]
     # While a graph is made there is no asking; the launch itself refuses then, without the name.
-    if first.is_cuda or first.is_meta or torch.compiler.is_compiling():
+    if first.is_meta or torch.compiler.is_compiling():
         return
-    if not launch.interpreting():
+    launch.check_dtype(first, f"{layer.where}`x`")
+    if not first.is_cuda and not launch.interpreting():
         raise RuntimeError(
             f"{layer.where}use_triton=True needs a CUDA GPU, and `x` is on {first.device}. Move model and data there, "
             "write use_triton=False, or set TRITON_INTERPRET=1 before the first import of triton to run the kernels "
@@ -85,6 +88,7 @@ class LoRATritonFunction(torch.autograd.Function):
         x, lora_A, lora_B, ctx.scale, ctx.dtype, *res = inputs
         ctx.save_for_backward(x, lora_A, lora_B)
         ctx.res_dtype = res[0].dtype if res and res[0] is not None else None
+        ctx.inputs = len(inputs)
 
     @staticmethod
     @refuses_twice
@@ -102,8 +106,8 @@ class LoRATritonFunction(torch.autograd.Function):
         if wants_b:
             h = ops.down(flat, a.T, ctx.scale)
             db = ops.outer(h, d_flat, dtype=lora_B.dtype, transposed=True)
-        # Autograd allows a None more than there were inputs.
-        return dx, da, db, None, None, None if ctx.res_dtype is None else d_y.to(ctx.res_dtype)
+        d_res = None if ctx.res_dtype is None else d_y.to(ctx.res_dtype)
+        return (dx, da, db, None, None, d_res)[: ctx.inputs]
 
 
 def lora_linear(
@@ -180,6 +184,8 @@ def _gradients(ctx: Any, dy: torch.Tensor):
 
 def forward_rows(x, w, bias, a, b, scale: float, rate: float, words, post: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`y` (M, N) and `h` (M, R)."""
+    if words is None:
+        return ops.adapted(x, w, a, b, bias, scale, transposed=True)
     before, after = (None, words) if post else (words, None)
     h = _down(x, a.T, scale, rate, before)
     return ops.product(x, w, h, b, bias, rate, after, transposed=True), h
@@ -190,7 +196,7 @@ def backward_rows(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of `x`, `a` and `b`, each if it is wanted.
 
-    What reads `dy` comes together, the product of full size last: of small layers the L2 cache still holds it then.
+    What reads `dy` comes together: of small layers the L2 cache still holds it then.
     """
     before, after = (None, words) if post else (words, None)
     dx = da = db = None
@@ -198,7 +204,10 @@ def backward_rows(
         if h is None:
             h = _down(x, a.T, scale, rate, before)
         db = dy.T.mm(h) if after is None else ops.outer(h, dy, rate, after, dtype=b.dtype, transposed=True)
-    if wants[0] or wants[1]:
+    if words is None and wants[0]:
+        dx, g = ops.adapted(dy, w, b, a, None, scale)
+        da = g.T.mm(x) if wants[1] else None
+    elif wants[0] or wants[1]:
         g = _down(dy, b, scale, rate, after)
         if wants[1]:
             da = g.T.mm(x) if before is None else ops.outer(g, x, rate, before, dtype=a.dtype)

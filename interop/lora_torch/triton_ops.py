@@ -1,4 +1,4 @@
-"""The launches of `triton_launch` as operations that torch.compile can put into a graph without looking inside.
+"""The launches of `triton_launch` and `triton_product` as operations that torch.compile puts into a graph as they are.
 
 Outside of compilation each is the launch itself: a registered operation costs microseconds more a call. Dropout is a
 rate and four words on the device (`triton_launch.Drop`); without, words are None.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import triton_launch as launch
+from . import triton_product
 
 
 def down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float = 0.0, words: torch.Tensor | None = None):
@@ -47,6 +48,23 @@ def product(
     return _in_graph(x, _product, launched_product)(x, w, h, b, bias, rate, words, transposed)
 
 
+def adapted(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    *,
+    transposed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x @ w + h @ b + bias` and `h = scale * x @ a`: (M, K), (K, N), (K, R), (R, N), (N,) -> (M, N), (M, R).
+
+    (N, K), (R, K) and (N, R) if `transposed`.
+    """
+    return _in_graph(x, _adapted, launched_adapted)(x, w, a, b, bias, scale, transposed)
+
+
 def launched_down(x: torch.Tensor, a: torch.Tensor, scale: float, rate: float, words: torch.Tensor | None):
     return launch.down(x, a, scale, _drop(rate, words))
 
@@ -67,7 +85,19 @@ def launched_product(
     words: torch.Tensor | None,
     transposed: bool,
 ) -> torch.Tensor:
-    return launch.product(x, w, h, b, bias, _drop(rate, words), transposed=transposed)
+    return triton_product.product(x, w, h, b, bias, _drop(rate, words), transposed=transposed)
+
+
+def launched_adapted(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    transposed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return triton_product.adapted(x, w, a, b, bias, scale, transposed=transposed)
 
 
 def _drop(rate: float, words: torch.Tensor | None) -> launch.Drop | None:
@@ -97,6 +127,12 @@ _product = torch.library.custom_op(
     schema="(Tensor x, Tensor w, Tensor h, Tensor b, Tensor? bias, float rate, Tensor? words, "
     "bool transposed) -> Tensor",
 )
+_adapted = torch.library.custom_op(
+    "lora_torch::adapted",
+    launched_adapted,
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, bool transposed) -> (Tensor, Tensor)",
+)
 
 
 @_down.register_fake
@@ -113,3 +149,9 @@ def _(t, v, rate, words, dtype, transposed):
 @_product.register_fake
 def _(x, w, h, b, bias, rate, words, transposed):
     return x.new_empty(x.shape[0], w.shape[0 if transposed else 1])
+
+
+@_adapted.register_fake
+def _(x, w, a, b, bias, scale, transposed):
+    n, r = (w.shape[0], a.shape[0]) if transposed else (w.shape[1], a.shape[1])
+    return x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], r)

@@ -68,6 +68,8 @@ class Ready:
             with torch.cuda.device(index):  # Triton launches on the current one
                 return self(out, operands)
         plan = self.plan
+        if plan.space:
+            operands["space_ptr"] = out.new_zeros(plan.space, dtype=torch.int32)
         if plan.parts == 1:
             target = operands[plan.out] = out
         else:
@@ -89,12 +91,13 @@ class Ready:
 
     def _first(self, operands: Operands) -> None:
         plan, kernel = self.plan, _kernel(self.plan.kernel)
-        gluon = plan.kernel == "hopper_gemm"
+        gluon = plan.kernel.startswith("hopper_")
         described = {name: _descriptors(operands[name], block, gluon) for name, block in plan.blocks.items()}
         arguments: dict[str, Any] = operands | plan.numbers
         for name, describe in described.items():
             arguments[name] = describe(operands[name])
-        compiled = kernel[(plan.programs,)](**arguments, num_warps=plan.warps, num_stages=plan.stages)
+        options = {"launch_cooperative_grid": True} if plan.together else {}
+        compiled = kernel[(plan.programs,)](**arguments, num_warps=plan.warps, num_stages=plan.stages, **options)
         if compiled is None:  # the interpreter
             return
         names = [parameter.name for parameter in kernel.params]
@@ -193,14 +196,15 @@ def seen(tensor: torch.Tensor) -> Matrix:
 
 
 @functools.cache
-def has_hopper_kernel(device: int | None) -> bool:
-    """Whether the device is of the one kind that `triton_hopper_gemm` is for, and this Triton can compile it."""
+def has_hopper_kernels(device: int | None) -> bool:
+    """Whether the device is of the one kind that `triton_hopper_*` are for, and this Triton can compile it."""
     import torch
 
     if device is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        _kernel("hopper_gemm")
+        for name in ("hopper_gemm", "hopper_adapted"):
+            _kernel(name)
     except ImportError:  # before Triton 3.6
         return False
     return True

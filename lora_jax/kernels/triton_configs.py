@@ -35,7 +35,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `triton_hopper_gemm.hopper_gemm_kernel`: a ring of `stages`, and `buffers` for a half's `chunks`."""
+    """Tiles of the products for Hopper: a ring of `stages`, and `buffers` for the `chunks` that a half is stored in."""
 
     bm: int = 128
     bn: int = 256
@@ -49,11 +49,9 @@ class HopperConfig:
         """How deep the products of the tail's blocks are."""
         return next((depth for depth in (16, 32) if r <= depth < self.bk), self.bk)
 
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory, but for the barriers'."""
-        halves = 2 * self.buffers * (self.bm // 2) * (self.bn // self.chunks)
-        return 2 * (self.stages * (self.bm + self.bn) * self.bk + halves)
+
+# The ring's blocks of `a` are where the other kernel has its second buffers.
+ADAPTED = HopperConfig(buffers=1)
 
 
 @dataclass(frozen=True)

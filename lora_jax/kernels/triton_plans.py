@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass, field
 
 from lora_jax.kernels.triton_configs import (
+    ADAPTED,
     LEAST_SHARED_BYTES,
     GemmConfig,
     HopperConfig,
@@ -24,6 +25,9 @@ from lora_jax.kernels.triton_configs import (
 )
 
 STEPS = 65536  # of a dropout rate: what 16 bits tell apart
+# Of `hopper_adapted`: the largest rank, and in how many shares at most a row's `h` is summed.
+ADAPTED_RANK = 16
+ADAPTED_SHARES = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Launch:
     - `numbers`: every parameter that is no pointer, by name.
     - `parts`: if not 1, the result is so many float32 partial sums, one after the other, that `total` adds.
     - `blocks`: the shapes of tiles by the parameters that take descriptors; empty where all take pointers.
+    - `space`: int32 zeros that the kernel wants for itself.
+    - `together`: whether programs wait for each other, so that all must be on the GPU at once.
     """
 
     kernel: str
@@ -73,6 +79,8 @@ class Launch:
     stages: int
     parts: int = 1
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    space: int = 0
+    together: bool = False
 
 
 def rescaling(threshold: int) -> float:
@@ -185,6 +193,42 @@ def hopper_gemm(
     }  # fmt: skip
     tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
     return Launch("hopper_gemm", min(tiles, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks)
+
+
+def hopper_adapted_fits(x: Matrix, w: Matrix, a: Matrix, b: Matrix, y: Matrix) -> bool:
+    """Whether `hopper_adapted` can take these operands: ranks up to 16, and all that `hopper_fits` wants."""
+    right = (a.T if _transposed(w) else a).describable
+    return a.shape[1] <= ADAPTED_RANK and right and hopper_fits(x, w, x, b, y)
+
+
+@functools.lru_cache(1024)
+def hopper_adapted(
+    x: Matrix, w: Matrix, a: Matrix, b: Matrix, y: Matrix, scale: float, sms: int,
+    *, bias: bool = False, config: HopperConfig | None = None,
+) -> Launch:  # fmt: skip
+    """`h = scale * x @ a`, (M, R), and `x @ w + h @ b (+ bias)`. Descriptors as of `hopper_gemm`, and of `a` too."""
+    (m, k), n, r = x.shape, w.shape[1], a.shape[1]
+    config = config or ADAPTED
+    transposed = _transposed(w)
+    rows, columns, steps = blocks_of(m, config.bm), blocks_of(n, config.bn), blocks_of(k, config.bk)
+    # So many that all of their tiles run at once, if more than one.
+    first_columns = max(1, min(sms // rows, columns, steps, ADAPTED_SHARES))
+    numbers = {
+        "scale": scale, "M": m, "N": n, "R": r, "first_columns": first_columns, "steps": steps,
+        "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
+        "STAGES": config.stages, "CHUNKS": config.chunks, "BUFFERS": config.buffers, "BIAS": bias, "W_T": transposed,
+    }  # fmt: skip
+    right = (config.bn, config.bk) if transposed else (config.bk, config.bn)
+    blocks = {
+        "x_ptr": (config.bm // 2, config.bk), "w_ptr": right, "b_ptr": right,
+        "a_ptr": (ADAPTED_RANK, config.bk) if transposed else (config.bk, ADAPTED_RANK),
+        "y_ptr": (config.bm // 2, config.bn // config.chunks),
+    }  # fmt: skip
+    space = 2 * rows + 4 + first_columns * rows * config.bm * ADAPTED_RANK
+    return Launch(
+        "hopper_adapted", min(rows * columns, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks,
+        space=space, together=True,
+    )  # fmt: skip
 
 
 def _transposed(w: Matrix) -> bool:

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from torch import nn  # noqa: E402
 from triton import knobs  # noqa: E402
 
-from lora_jax.kernels.triton_configs import HopperConfig  # noqa: E402
 from lora_torch import triton_launch as launch  # noqa: E402
 from lora_torch.lora import LoRATritonFunction, patch_linear_module  # noqa: E402
 from lora_torch.mlp import fused_lora_swiglu_mlp  # noqa: E402
@@ -54,47 +53,6 @@ def test_values_and_gradients(dtype, shape, k, n, dim):
         check(found, made, x, dy, SCALE)
         for name, value in run(made, x, dy).items():
             assert torch.equal(value, found[name]), name  # the same bits each time
-
-
-# One tile and a part of it; many tiles a program, the last group of row blocks not full; a tail of two blocks.
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("m,k,n,r", [(100, 72, 264, 16), (5000, 200, 4104, 8), (1000, 520, 768, 72)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_the_product_for_hopper(dtype, m, k, n, r, with_bias):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for compute capability 9.0")
-    name = str(dtype).removeprefix("torch.")
-    cpu = triton_problem.operands(name, m, k, n, r)
-    v = {each: value.cuda() for each, value in cpu.items()}
-    bias = v["bias"] if with_bias else None
-
-    def product(v):
-        return v["x"] @ v["w"] + v["h"] @ v["b"] + with_bias * v["bias"]
-
-    # The layouts of the forward and of the backward pass.
-    for w, b in ((v["w"], v["b"]), (v["w"].contiguous(), v["b"].contiguous())):
-        got = launch.product(v["x"], w, v["h"], b, bias, config=HopperConfig())
-        triton_problem.assert_close(got.cpu(), product, cpu, k + r, lambda v: product(v) - v["h"] @ v["b"])
-        stored = launch.product(v["x"], w.T, v["h"], b.T, bias, transposed=True, config=HopperConfig())
-        assert torch.equal(stored, got)
-    assert relative(got, launch.by_library(v["x"], v["w"], v["h"], v["b"], bias)) < 0.02
-    if bias is not None:
-        gaps = torch.stack([bias, bias + 9], 1)[:, 0]
-        assert relative(launch.product(v["x"], w, v["h"], b, gaps, config=HopperConfig()), got) < 0.02
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_the_product_of_the_library(rate):
-    cpu = triton_problem.operands("float16", 300, 200, 264, 16)
-    v = {each: value.cuda() for each, value in cpu.items()}
-    drop = launch.Drop.seeded(rate, triton_problem.SEED, "cuda") if rate else None
-    keep = mask(300, 264, rate)
-    got = launch.by_library(v["x"], v["w"], v["h"], v["b"], v["bias"], drop)
-
-    def product(v):
-        return v["x"] @ v["w"] + keep * (v["h"] @ v["b"]) + v["bias"]
-
-    triton_problem.assert_close(got.cpu(), product, cpu, 216, lambda v: v["x"] @ v["w"] + v["bias"])
 
 
 @pytest.mark.parametrize("position", ["pre", "post"])

@@ -244,6 +244,7 @@ def test_the_operations_are_registered_as_they_are():
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops._down, (x, a, 2.0, 0.5, words), test_utils=utils)
     torch.library.opcheck(ops._outer, (h, x, 0.0, None, torch.float32, True), test_utils=utils)
+    torch.library.opcheck(ops._adapted, (x, w.T, a.T, b.T, None, 2.0, True), test_utils=utils)
     torch.library.opcheck(ops._product, (x, w, h, b, None, 0.0, None, False), test_utils=utils)
     torch.library.opcheck(ops._product, (x, w.T, h, b.T, None, 0.5, words, True), test_utils=utils)
 
@@ -254,6 +255,10 @@ def test_what_the_kernels_refuse():
         made(torch.ones(2, 24, dtype=torch.float16))
     with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly"):
         layer(dtype=torch.bfloat16)(torch.ones(2, 24, dtype=torch.bfloat16))
+    named = patch_linear_module(nn.Linear(24, 8), layer_name="block.up")
+    with pytest.raises(TypeError, match="block.up: `x` is torch.float64: the Triton kernels take"):
+        with torch.autocast("cpu", dtype=torch.float16):
+            named(torch.ones(2, 24, dtype=torch.float64))
     with pytest.raises(TypeError, match="float64: the Triton kernels take"):
         x = torch.ones(2, 24, dtype=torch.float64)
         lora_linear(x, x[:1].expand(8, 24), None, x[:1], x[:1, :1].expand(8, 1), 1.0)

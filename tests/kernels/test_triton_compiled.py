@@ -32,7 +32,7 @@ def test_the_heaviest_configurations_fit(arch: int, how: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"down", "outer"} | ({"gemm"} if "--jax" in how else {"up", "hopper_gemm"})
+    kernels = {"down", "outer"} | ({"gemm"} if "--jax" in how else {"up", "hopper_gemm", "hopper_adapted"})
     assert {line["kernel"] for line in lines} == kernels
     for line in lines:
         assert 0 < line["shared"] <= SHARED_BYTES[divmod(arch, 10)], line

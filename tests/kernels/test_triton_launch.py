@@ -8,6 +8,7 @@ import pytest
 
 from lora_jax import reference
 from lora_torch import triton_launch as launch
+from lora_torch import triton_product
 
 from .triton_problem import SCALE, SEED, mask, operands
 
@@ -48,7 +49,7 @@ def test_a_bias_with_gaps(rate: float) -> None:
     drop = launch.Drop.seeded(rate, SEED, "cpu") if rate else None
     wide = v["bias"].repeat_interleave(2)
     wide[1::2] = 9
-    for call in (launch.forward, launch.product, lambda x, w, *rest: launch.up(*rest)):
+    for call in (launch.forward, triton_product.product, lambda x, w, *rest: launch.up(*rest)):
         rest = v["x"], v["w"], v["h"], v["b"]
         assert torch.allclose(call(*rest, wide[::2], drop), call(*rest, None, drop) + v["bias"], atol=1e-5)
 

@@ -67,6 +67,8 @@ def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) 
                 for other_way in (True,) if large else (True, False):
                     w, b = matrix(k, k, other_way=other_way), matrix(r, k, other_way=other_way)
                     yield plans.hopper_gemm(matrix(m, k), w, matrix(m, r), b, matrix(m, k), sms, bias=other_way)
+                    thin, tail = matrix(k, 16, other_way=other_way), matrix(16, k, other_way=other_way)
+                    yield plans.hopper_adapted(matrix(m, k), w, thin, tail, matrix(m, k), 4.0, sms, bias=other_way)
         yield plans.down(matrix(m, k), matrix(k, r, other_way=not by_jax), 1.0, threshold, sms)
         yield plans.outer(matrix(m, r), matrix(m, k), threshold, sms, transposed=by_jax)
 
@@ -79,12 +81,12 @@ def _layout(rows: int, columns: int) -> str:
 def compiled(plan: Launch, *, arch: int, dtype: str, by_jax: bool) -> Needs:
     """Sizes and strides by what they are multiples of, as Triton does it, or all of them as constants."""
     kernel = getattr(importlib.import_module(f"lora_jax.kernels.triton_{plan.kernel}"), f"{plan.kernel}_kernel")
-    gluon = plan.kernel == "hopper_gemm"
+    gluon = plan.kernel.startswith("hopper_")
     pointers = {parameter.name: f"*{dtype}" for parameter in kernel.params if parameter.name.endswith("_ptr")} | {
         name: f"tensordesc<{dtype}[{rows},{columns}]{_layout(rows, columns) if gluon else ''}>"
         for name, (rows, columns) in plan.blocks.items()
     }
-    pointers |= {"seed_ptr": "*i32" if plan.numbers.get("DROP") else "*i8"}
+    pointers |= {"seed_ptr": "*i32" if plan.numbers.get("DROP") else "*i8", "space_ptr": "*i32"}
     if plan.kernel == "outer" or plan.parts > 1:
         pointers[plan.out] = "*fp32"
     signature, constants, attributes = {}, {}, {}
