@@ -37,6 +37,7 @@ class PeftConfig:
     - `use_dora` (keyword-only, as what follows): weight-decomposed adaptation, with a trained magnitude.
     - `use_memory_efficient_lora`: keep `x`, A and B for the backward pass and compute `x @ A` again there.
     - `moe_rank_scaling`: linear layers of experts get the rank `dim // active experts`; the scale is `alpha` over that.
+      A model without any is reported in the log.
 
     **Raises:** `ValueError` or `TypeError` that says what to write instead.
     """

@@ -229,9 +229,10 @@ def is_trained(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
 class TritonLinearLoRA(LinearLoRA):
     """`LinearLoRA` on the kernels of `lora_jax/kernels/triton_*`, forward and backward, with no dropout mask stored.
 
-    On Hopper a dense base is multiplied in the same kernel as the adapter's tail, elsewhere by torch, on top of it
-    (`triton_product.product`), and so are the thin products where nothing is dropped (`triton_linear`). Behind a base
-    with a forward of its own, and with DoRA, the kernels compute the low-rank branch. float32, float16 and bfloat16,
+    On Hopper a dense base is multiplied in the same kernel as the adapter's tail, and for ranks up to 16 and many
+    tokens `x @ A` too (`triton_product`); elsewhere by torch, on top of the adapter's part. Other thin products are
+    torch's where nothing is dropped (`triton_linear`). Behind a base with a forward of its own, and with DoRA, the
+    kernels compute the low-rank branch. float32, float16 and bfloat16,
     one dtype for `x` and the base; factors of another dtype are cast. With `use_memory_efficient_lora=False` `x @ A`
     (dim numbers a token) is kept for the backward pass, which saves it one pass over `x`.
 

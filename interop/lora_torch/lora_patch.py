@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .lora_making import attach, new_adapter, unfit
 from .lora_modules import LinearLoRA, TritonLinearLoRA
 from .lora_whole import check_whole
 from .matching import ModuleMatcher
+
+logger = logging.getLogger(__name__)
 
 
 def patch_linear_module(
@@ -89,10 +92,8 @@ def apply_lora_to_linear_modules(
     configs = {name: peft_config for name in found}
     if peft_config.moe_rank_scaling:
         if not any(map(is_of_expert, found)):
-            raise ValueError(
-                f"moe_rank_scaling=True, but none of the {len(found)} linear layers to adapt is below a module "
-                f"`experts`, neither {next(iter(found))!r} nor another: leave it out"
-            )
+            # Not an error: stages of a pipeline share a configuration.
+            logger.warning("moe_rank_scaling: none of the %d layers to adapt is below a module `experts`", len(found))
         configs = {name: _with(peft_config, dim=expert_rank(model, name, peft_config.dim)) for name in found}
     for name, linear in found.items():
         _check(linear, configs[name], name)

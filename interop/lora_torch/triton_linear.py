@@ -45,7 +45,8 @@ def require(layer: Any, *tensors: torch.Tensor) -> None:
     # While a graph is made there is no asking; the launch itself refuses then, without the name.
     if first.is_meta or torch.compiler.is_compiling():
         return
-    launch.check_dtype(first, f"{layer.where}`x`")
+    if first.element_size() > 4 or not first.is_floating_point():  # what autocast leaves as it is
+        launch.check_dtype(first, f"{layer.where}`x`")
     if not first.is_cuda and not launch.interpreting():
         raise RuntimeError(
             f"{layer.where}use_triton=True needs a CUDA GPU, and `x` is on {first.device}. Move model and data there, "
@@ -148,7 +149,7 @@ def lora_linear(
 def _words(device: torch.device) -> torch.Tensor:
     """Two random words of seed and the place of the first element, as `triton_launch.Drop` wants them."""
     words = torch.randint(-(2**31), 2**31, (4,), dtype=torch.int32, device=device)
-    words[2:] = 0
+    words.narrow(0, 2, 2).zero_()
     return words
 
 

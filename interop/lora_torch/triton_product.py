@@ -23,8 +23,9 @@ from .triton_run import Ready, has_hopper_kernels, lies, ready, seen, sms
 if TYPE_CHECKING:
     import torch
 
-# Elements of `x` from which on a pass over them takes longer than programs that wait for each other: 12 us on an H100.
-PASS_COSTS_MORE = 2**23
+# From so many features and elements of `x` on, a pass over them takes longer than tiles that wait for each other: 10 us
+# on an H100.
+LEAST_FEATURES, LEAST_ELEMENTS = 1024, 2**23
 
 
 def product(
@@ -73,11 +74,18 @@ def adapted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x @ w + h @ b + bias` and `h = scale * x @ a`: (M, K), (K, N), (K, R), (R, N), (N,) -> (M, N), (M, R).
 
-    In one kernel if `x` is large (`PASS_COSTS_MORE`, or `config`), of R <= 16 and of operands as `product` wants them;
-    else `h` is torch's product, and the rest is `product`. `transposed`: `w` is (N, K), `a` (R, K) and `b` (N, R).
+    One kernel where `product` is one, R is at most 16 and `x` is large, or else `h` is torch's product and the rest is
+    `product`. `transposed`: `w` is (N, K), `a` (R, K) and `b` (N, R). `config`, of the kind of `ADAPTED`: this kernel
+    also for a small `x`.
+
+    The one kernel begins when no other keeps a multiprocessor: where processes communicate meanwhile
+    (`torch.distributed`), there are two.
 
     Raises: as `triton_launch.down`.
     """
+    import torch
+
+    alone = config is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
     def plan() -> Launch | None:
         right, thin, tail = (w.T, a.T, b.T) if transposed else (w, a, b)
@@ -87,12 +95,14 @@ def adapted(
         )
         rows, weight, down, up_b = seen(x), seen(right), seen(thin), seen(tail)
         y, h = (Matrix.row_major(len(x), each.shape[1], x.element_size(), tma=True) for each in (right, thin))
-        if plans.hopper_adapted_fits(rows, weight, down, up_b, y) and (config or x.numel() >= PASS_COSTS_MORE):
+        large = config or x.shape[1] >= LEAST_FEATURES and x.numel() >= LEAST_ELEMENTS
+        if alone and large and plans.hopper_adapted_fits(rows, weight, down, up_b, y):
             return _planned(plans.hopper_adapted, (rows, weight, down, up_b, y, scale), x, bias, config)
         return _planned_product(rows, weight, h, up_b, x, bias, config)
 
     # One question for both kernels.
-    launch = ready(("adapted", lies(x), lies(w), lies(a), lies(b), lies(bias), scale, transposed, config), plan)
+    key = "adapted", lies(x), lies(w), lies(a), lies(b), lies(bias), scale, transposed, config, alone
+    launch = ready(key, plan)
     if launch is not None and launch.plan.kernel == "hopper_adapted":
         n, r = (w.shape[0], a.shape[0]) if transposed else (w.shape[1], a.shape[1])
         if launch.plan.numbers["W_T"] != transposed:

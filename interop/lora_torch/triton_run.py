@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, overload
 
 from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_plans import Launch, Matrix
+
+from .triton_start import Start, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 REMEMBERED = 4096  # kinds of calls. Each length of a sequence is one
 
 Operands = dict[str, "torch.Tensor | None"]
-Start = Callable[[list[Any], int], None]
 _known: dict[Hashable, Any] = {}
 _UNKNOWN = object()
 
@@ -55,8 +57,8 @@ class Ready:
     def __init__(self, plan: Launch):
         self.plan = plan
         self.sum: Ready | None = None
-        # What starts it, its arguments without tensors, and of each tensor the place, the name and how it is described.
-        self.compiled: tuple[Start, list[Any], list[tuple[int, str, Callable[[Any], Any] | None]]] | None = None
+        # How it is started again, with and without hooks.
+        self.again: tuple[Start, Start] | None = None
 
     def __call__(self, out: torch.Tensor, operands: Operands) -> torch.Tensor:
         """Fills `out`; `operands` are the other tensors by the names of their pointers, all on one device."""
@@ -74,15 +76,10 @@ class Ready:
             target = operands[plan.out] = out
         else:
             target = operands[plan.out] = out.new_empty(plan.parts * out.numel(), dtype=torch.float32)
-        if self.compiled is None:
+        if self.again is None:
             self._first(operands)
         else:
-            start, fixed, places = self.compiled
-            arguments = fixed.copy()
-            for at, name, described in places:
-                tensor = operands[name]
-                arguments[at] = tensor if described is None else described(tensor)
-            start(arguments, index)
+            self.again[_hooked()](operands, index)
         if target is out:
             return out
         if self.sum is None:
@@ -92,43 +89,45 @@ class Ready:
     def _first(self, operands: Operands) -> None:
         plan, kernel = self.plan, _kernel(self.plan.kernel)
         gluon = plan.kernel.startswith("hopper_")
-        described = {name: _descriptors(operands[name], block, gluon) for name, block in plan.blocks.items()}
-        arguments: dict[str, Any] = operands | plan.numbers
-        for name, describe in described.items():
-            arguments[name] = describe(operands[name])
+        describe = {name: _descriptors(operands[name], block, gluon) for name, block in plan.blocks.items()}
+        given: dict[str, Any] = operands | plan.numbers
+        for name, described in describe.items():
+            given[name] = described(operands[name])
         options = {"launch_cooperative_grid": True} if plan.together else {}
-        compiled = kernel[(plan.programs,)](**arguments, num_warps=plan.warps, num_stages=plan.stages, **options)
+        compiled = kernel[(plan.programs,)](**given, num_warps=plan.warps, num_stages=plan.stages, **options)
         if compiled is None:  # the interpreter
             return
         names = [parameter.name for parameter in kernel.params]
-        given = {name for name in names if operands.get(name) is not None}
-        fixed = [None if name in given else arguments[name] for name in names]  # keeps no tensor alive
-        places = [(at, name, described.get(name)) for at, name in enumerate(names) if name in given]
+        tensors = [name if operands.get(name) is not None else None for name in names]
+        quick = recorded(compiled, plan.programs, [given[name] for name in names], tensors, describe)
+        fixed = [given[name] if tensor is None else None for name, tensor in zip(names, tensors, strict=True)]
+        launch = compiled[plan.programs, 1, 1]
+
+        def with_hooks(operands: Operands, index: int) -> None:
+            arguments = fixed.copy()
+            for at, name in enumerate(tensors):
+                if name is not None:
+                    tensor = operands[name]
+                    arguments[at] = describe[name](tensor) if name in describe else tensor
+            launch(*arguments)
+
         # At once, since another thread may be here too, and a third one start what there is.
-        self.compiled = _starter(compiled, plan.programs), fixed, places
+        self.again = quick or with_hooks, with_hooks
 
 
-def _starter(compiled: Any, programs: int) -> Start:
-    """Starts a compiled kernel on the current stream of a device.
-
-    As `compiled[programs, 1, 1](...)` does, which makes a record for the hooks of a profiler each time and calls them:
-    here that is done only if there are any.
-    """
-    from torch._C import _cuda_getCurrentRawStream as stream_of
+@functools.cache
+def _runtime() -> Any:
     from triton import knobs
 
-    through_hooks, runtime = compiled[programs, 1, 1], knobs.runtime
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    return knobs.runtime
 
-    def start(arguments: list[Any], index: int) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        # Chains of hooks, mostly empty ones; None or a function in older versions.
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            through_hooks(*arguments)
-        else:
-            run(programs, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments)
 
-    return start
+def _hooked() -> bool:
+    """Whether a profiler, say, is to be told of launches."""
+    runtime = _runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of hooks, mostly empty ones; None or a function in older versions.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _descriptors(like: Any, block: tuple[int, int], gluon: bool) -> Callable[[Any], Any]:
@@ -203,8 +202,8 @@ def has_hopper_kernels(device: int | None) -> bool:
     if device is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        for name in ("hopper_gemm", "hopper_adapted"):
-            _kernel(name)
-    except ImportError:  # before Triton 3.6
+        _kernel("hopper_gemm")
+        from triton.experimental.gluon.language import warp_specialize
+    except ImportError:
         return False
-    return True
+    return "functions_and_args" in inspect.signature(warp_specialize).parameters  # Triton 3.6 and later

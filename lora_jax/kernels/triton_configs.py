@@ -50,7 +50,7 @@ class HopperConfig:
         return next((depth for depth in (16, 32) if r <= depth < self.bk), self.bk)
 
 
-# The ring's blocks of `a` are where the other kernel has its second buffers.
+# Of `hopper_adapted_kernel`: its ring's blocks of `a` are where `hopper_gemm_kernel` has second buffers.
 ADAPTED = HopperConfig(buffers=1)
 
 

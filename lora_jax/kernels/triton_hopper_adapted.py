@@ -10,7 +10,8 @@ As `triton_hopper_gemm`, but for these:
     and counts it. When all shares of its rows are counted it adds them up, always in the same order, rounds once, and
     multiplies the tail. Those of column 0 write `h`, which all later tiles read.
 
-The first tiles wait for each other: all programs must be on the GPU at once, which a cooperative launch asks for.
+Tiles wait for each other: all programs must be on the GPU at once, which a cooperative launch asks for. It does not
+begin while another kernel, of a communication say, keeps one multiprocessor.
 
 The gradient of the input is the same kernel on other operands: `g = scale * dy @ b.T`, `dx = dy @ w.T + g @ a.T`.
 
@@ -39,7 +40,7 @@ from lora_jax.kernels.triton_hopper_stages import (
 )
 
 RANK = gl.constexpr(16)  # what R is filled up to, with zeros
-threads = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, 3.6
+sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, 3.6
 
 
 @gluon.jit
@@ -115,15 +116,16 @@ def _multiply_both(
 @gluon.jit
 def _count(counter):
     """What all threads have stored before is there for those that see the count."""
-    threads()
+    sync_threads()
     gl.atomic_add(counter, 1, sem="release")
 
 
 @gluon.jit
 def _wait_for(counter, count):
+    # An addition of zero becomes a load, which nothing after it overtakes.
     while gl.atomic_add(counter, 0, sem="acquire") < count:
         pass
-    threads()
+    sync_threads()
 
 
 @gluon.jit
@@ -158,16 +160,16 @@ def _consume(
     # Counters: of the shares of each half's rows, and of the halves' rows of `h`. The shares lie behind them.
     written = space_ptr + 2 * rows
     shares = (space_ptr + 2 * rows + 4).to(gl.pointer_type(gl.float32), bitcast=True)
-    # Tiles that begin before `h` is ready read it when they end.
-    early = gl.maximum(firsts, programs)
+    # Tiles before this one begin before `h` is ready, and read it when they end.
+    ready_from = gl.maximum(firsts, programs)
     slot = 0
     phase = 0
     for tile in range(gl.program_id(0), rows * columns, programs):
         row, column = _place(tile, rows, columns, first_columns, GROUP)
         row0 = row * BM + PART * HALF
-        if (tile >= early) & (tile - programs < early):
+        if (tile >= ready_from) & (tile - programs < ready_from):
             _wait_for(written, 2 * rows)
-        h = _read(h_ptr, row0, M, tile >= early, R, thin, HALF)
+        h = _read(h_ptr, row0, M, tile >= ready_from, R, thin, HALF)
 
         lo, hi = _share(tile, column, rows, first_columns, steps)
         acc = gl.zeros((HALF, BN), gl.float32, layout)
@@ -182,20 +184,23 @@ def _consume(
 
         if tile < firsts:
             at, ranks = _thin_at(row0, thin, HALF)
-            mine = shares + at * RANK + ranks
-            gl.store(mine + column * (rows * BM * RANK), share)
-            _count(space_ptr + 2 * row + PART)
-            _wait_for(space_ptr + 2 * row + PART, first_columns)
-            share = gl.zeros((HALF, RANK), gl.float32, thin)
-            for i in range(0, first_columns, 4):
-                for j in gl.static_range(4):  # four on their way at once
-                    each = mine + (i + j) * (rows * BM * RANK)
-                    share += gl.load(each, mask=i + j < first_columns, other=0.0, cache_modifier=".cg")
+            if first_columns > 1:
+                mine = shares + at * RANK + ranks
+                gl.store(mine + column * (rows * BM * RANK), share)
+                _count(space_ptr + 2 * row + PART)
+                _wait_for(space_ptr + 2 * row + PART, first_columns)
+                share = gl.zeros((HALF, RANK), gl.float32, thin)
+                for i in range(0, first_columns, 4):
+                    for j in gl.static_range(4):  # four on their way at once
+                        each = mine + (i + j) * (rows * BM * RANK)
+                        share += gl.load(each, mask=i + j < first_columns, other=0.0, cache_modifier=".cg")
+            if R < RANK:  # what is not finite in x times the zeros that `a` is filled up with
+                share = gl.where(ranks < R, share, 0.0)
             h = (scale * share).to(h.dtype)
             if column == 0:
                 gl.store(h_ptr + at * R + ranks, h, mask=(at < M) & (ranks < R))
                 _count(written)
-        elif tile < early:
+        elif tile < ready_from:
             _wait_for(written, 2 * rows)
             h = _read(h_ptr, row0, M, True, R, thin, HALF)
 
@@ -216,7 +221,8 @@ def hopper_adapted_kernel(
     y_ptr,  # of y (M, N), blocks (BM // 2, BN // CHUNKS)
     h_ptr,  # (M, R), contiguous, of x's dtype; written
     bias_ptr,  # (N,); not read unless BIAS
-    space_ptr,  # int32 zeros: two for each BM rows, 4, and as float32 for each of first_columns (M to the next BM, 16)
+    space_ptr,  # int32 zeros: counters, of shares for each half of BM rows, of halves of h, and three more to fill up;
+    # then, as float32, first_columns shares of (M to the next BM, 16), if more than one
     scale,
     M,
     N,

@@ -224,7 +224,7 @@ def hopper_adapted(
         "a_ptr": (ADAPTED_RANK, config.bk) if transposed else (config.bk, ADAPTED_RANK),
         "y_ptr": (config.bm // 2, config.bn // config.chunks),
     }  # fmt: skip
-    space = 2 * rows + 4 + first_columns * rows * config.bm * ADAPTED_RANK
+    space = 2 * rows + 4 + (first_columns * rows * config.bm * ADAPTED_RANK if first_columns > 1 else 0)
     return Launch(
         "hopper_adapted", min(rows * columns, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks,
         space=space, together=True,

@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 from triton import knobs  # noqa: E402
 
 from lora_torch import triton_launch as launch  # noqa: E402
+from lora_torch import triton_run  # noqa: E402
 from lora_torch.lora import LoRATritonFunction, patch_linear_module  # noqa: E402
 from lora_torch.mlp import fused_lora_swiglu_mlp  # noqa: E402
 from tests.interop.lora_problem import SCALE, check, linear, randomise, relative, run, tensors  # noqa: E402
@@ -169,6 +170,7 @@ def test_profilers_see_every_kernel():
     finally:
         knobs.runtime.launch_enter_hook.remove(record)
     assert {"down_kernel", "outer_kernel", "up_kernel"} <= set(launches)
+    assert all(quick is not slow for quick, slow in (each.again for each in triton_run._known.values() if each))
     seen = len(launches)
     run(made, x, dy)
     assert len(launches) == seen

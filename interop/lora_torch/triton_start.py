@@ -1,0 +1,115 @@
+"""Starts a compiled Triton kernel again on other tensors that lie as the first ones did.
+
+Triton's launcher looks at its arguments each time: it asks the driver about every pointer, and encodes a tensor map for
+every descriptor of tiles. To Python that takes longer than torch takes for five operations. Here the call that the
+launcher makes in the end is recorded once, by its own code, and then repeated with other addresses. Tensor maps are
+kept by the address, since all else about them is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Start = Callable[[dict[str, Any], int], None]
+KEPT = 1024  # tensor maps of one argument: addresses recur, as those of weights do, and of activations in a loop
+_told: set[str] = set()
+
+
+def recorded(
+    compiled: Any,
+    programs: int,
+    arguments: list[Any],
+    named: list[str | None],
+    describe: dict[str, Callable[[Any], Any]],
+) -> Start | None:
+    """What starts `compiled` with tensors by their names on the current stream of a device, and calls no hooks.
+
+    - `arguments`: those of the kernel, tensors or their descriptors where `named` has a name.
+    - `describe`: makes the descriptor of a tensor, by the names of those that need one.
+
+    None if this Triton's launcher is of an unknown kind, which the log tells once.
+    """
+    try:
+        return _recorded(compiled, programs, arguments, named, describe)
+    except (AttributeError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        if told not in _told:
+            _told.add(told)
+            logger.warning("launches take microseconds more: the launcher of this Triton is not known (%s)", told)
+        return None
+
+
+def _recorded(
+    compiled: Any,
+    programs: int,
+    arguments: list[Any],
+    named: list[str | None],
+    describe: dict[str, Callable[[Any], Any]],
+) -> Start:
+    from torch._C import _cuda_getCurrentRawStream as stream_of
+    from triton.backends.nvidia import driver
+
+    launcher, metadata = compiled.run, compiled.metadata
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        raise ValueError("a kernel with scratch memory")
+    maps_of = list(getattr(metadata, "tensordesc_meta", None) or [])
+    names = [name for name in named if name is not None]
+    described = [name for name in names if name in describe]
+    if len(maps_of) != len(described):
+        raise ValueError(f"{len(maps_of)} tensor maps for {len(described)} descriptors")
+    start = launcher.launch
+    if described:  # behind what encodes tensor maps
+        start = dict(zip(start.__code__.co_freevars, start.__closure__, strict=True))["launcher"].cell_contents
+
+    made: list[tuple[Any, ...]] = []
+    stand_in, stream = copy.copy(launcher), object()
+    signature = dict(compiled.src.signature.items())
+    stand_in.launch = driver.wrap_handle_tensordesc(lambda *call: made.append(call), signature, maps_of or None)
+    stand_in(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    (call,) = made
+    # Since Triton 3.7 the kernel's arguments are one; before they come after the others.
+    apart = isinstance(call[-1], (list, tuple))
+    head, tail = (list(call[:-1]), list(call[-1])) if apart else ([], list(call))
+    whole = head if apart else tail
+    stream_at = next(at for at, value in enumerate(whole) if value is stream)
+    map_at = [at for at, value in enumerate(tail) if type(value).__name__ == "PyCUtensorMap"]
+    if len(map_at) != len(described):
+        raise ValueError(f"{len(map_at)} tensor maps in a call with {len(described)} descriptors")
+    pointers = [
+        (next(at for at, value in enumerate(tail) if value is argument), name)
+        for name, argument in zip(named, arguments, strict=True)
+        if name is not None and name not in describe
+    ]
+    for at in [*map_at, *(at for at, _ in pointers)]:
+        tail[at] = None  # keeps no tensor alive
+    maps: list[tuple[int, str, Any, dict[int, Any]]] = [
+        (at, name, of, {}) for at, name, of in zip(map_at, described, maps_of, strict=True)
+    ]
+
+    def again(operands: dict[str, Any], index: int) -> None:
+        values = tail.copy()
+        for at, name in pointers:
+            values[at] = operands[name].data_ptr()
+        for at, name, of, known in maps:
+            tensor = operands[name]
+            address = tensor.data_ptr()
+            found = known.get(address)
+            if found is None:
+                if len(known) >= KEPT:
+                    known.clear()
+                found = known[address] = driver.make_tensordesc_arg(describe[name](tensor), of)[0]
+            values[at] = found
+        if apart:
+            others = head.copy()
+            others[stream_at] = stream_of(index)
+            start(*others, values)
+        else:
+            values[stream_at] = stream_of(index)
+            start(*values)
+
+    return again
