@@ -158,6 +158,7 @@ def test_a_large_layer_in_a_graph():
     with torch.cuda.graph(graph):
         y = made(x)
         grads = torch.autograd.grad(y, [x, made.lora_A.weight, made.lora_B.weight], dy)
+    y = y.detach()  # what keeps autograd's graph of another stream alive ties later passes to that stream
     for factor in (1, 2, 0.5):
         with torch.no_grad():
             x.mul_(factor)
