@@ -85,7 +85,7 @@ def down(
 
     launch = ready(("down", lies(x), lies(a), scale, threshold, config), plan)
     out = x.new_empty(x.shape[0], a.shape[1])
-    return launch(out, {"x_ptr": x, "a_ptr": a, "seed_ptr": drop.words if drop else None}) if len(x) else out
+    return launch(out, {"x_ptr": x, "a_ptr": a, "seed_ptr": _seeds(drop, x)}) if len(x) else out
 
 
 def outer(
@@ -112,7 +112,7 @@ def outer(
     launch = ready(("outer", lies(t), lies(v), threshold, dtype, transposed, config), plan)
     shape = (v.shape[1], t.shape[1]) if transposed else (t.shape[1], v.shape[1])
     out = t.new_empty(shape, dtype=dtype or _float32())
-    return launch(out, {"t_ptr": t, "v_ptr": v, "seed_ptr": drop.words if drop else None}) if len(t) else out.zero_()
+    return launch(out, {"t_ptr": t, "v_ptr": v, "seed_ptr": _seeds(drop, v)}) if len(t) else out.zero_()
 
 
 def up(
@@ -139,7 +139,7 @@ def up(
     launch = ready(("up", *map(lies, operands.values()), threshold, config), plan)
     if not len(h):
         return t
-    return launch(t, {"h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": drop.words if drop else None})
+    return launch(t, {"h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": _seeds(drop, h)})
 
 
 def forward(
@@ -200,8 +200,16 @@ def _gemm(
     launch = ready(("gemm", *map(lies, operands.values()), threshold, config), plan)
     if not len(x):
         return y
-    seeds = drop.words if drop else None
-    return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": seeds})
+    return launch(y, {"x_ptr": x, "w_ptr": w, "h_ptr": h, "b_ptr": b, "bias_ptr": bias, "seed_ptr": _seeds(drop, x)})
+
+
+def _seeds(drop: Drop | None, like: torch.Tensor) -> torch.Tensor | None:
+    """What a kernel asks, if anything is dropped. No kernel's key knows of it, and its address is taken as it is."""
+    if drop is None or not drop.threshold:
+        return None
+    if drop.words.get_device() != like.get_device():
+        raise ValueError(f"the words of `drop` are on {drop.words.device}, and the operands on {like.device}")
+    return drop.words
 
 
 def check(tensors: dict[str, torch.Tensor], equal: list[tuple[str, int, str, int]]) -> None:

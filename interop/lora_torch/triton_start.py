@@ -68,6 +68,9 @@ def _recorded(
 
     made: list[tuple[Any, ...]] = []
     stand_in, stream = copy.copy(launcher), object()
+    # Each pointer's place is told by something of its own: one tensor may be two operands.
+    pointer = {name: object() for name in names if name not in describe}
+    arguments = [pointer.get(name or "", argument) for name, argument in zip(named, arguments, strict=True)]
     signature = dict(compiled.src.signature.items())
     stand_in.launch = driver.wrap_handle_tensordesc(lambda *call: made.append(call), signature, maps_of or None)
     stand_in(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
@@ -81,12 +84,8 @@ def _recorded(
     if len(map_at) != len(described):
         raise ValueError(f"{len(map_at)} tensor maps in a call with {len(described)} descriptors")
     pointers = [
-        (next(at for at, value in enumerate(tail) if value is argument), name)
-        for name, argument in zip(named, arguments, strict=True)
-        if name is not None and name not in describe
+        (next(at for at, value in enumerate(tail) if value is its_own), name) for name, its_own in pointer.items()
     ]
-    for at in [*map_at, *(at for at, _ in pointers)]:
-        tail[at] = None  # keeps no tensor alive
     maps: list[tuple[int, str, Any, dict[int, Any]]] = [
         (at, name, of, {}) for at, name, of in zip(map_at, described, maps_of, strict=True)
     ]

@@ -209,6 +209,12 @@ def test_a_fused_mlp():
 
 
 def test_data_elsewhere():
+    x, a = torch.ones(8, 16, device="cuda").bfloat16(), torch.ones(16, 16, device="cuda").bfloat16()
+    here = launch.Drop.seeded(0.1, triton_problem.SEED, "cuda")
+    for _ in range(2):
+        launch.down(x, a, 1.0, here)
+        with pytest.raises(ValueError, match="the words of `drop` are on cpu, and the operands on cuda:0"):
+            launch.down(x, a, 1.0, launch.Drop.seeded(0.1, triton_problem.SEED, "cpu"))
     made = layer(16, 16)
     with pytest.raises(RuntimeError, match="use_triton=True needs a CUDA GPU, and `x` is on cpu"):
         made.cpu()(torch.ones(2, 16, dtype=torch.bfloat16))
