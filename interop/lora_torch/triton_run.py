@@ -57,7 +57,7 @@ class Ready:
     def __init__(self, plan: Launch):
         self.plan = plan
         self.sum: Ready | None = None
-        # How it is started again, with and without hooks.
+        # How it is started again, without hooks and with.
         self.again: tuple[Start, Start] | None = None
 
     def __call__(self, out: torch.Tensor, operands: Operands) -> torch.Tensor:

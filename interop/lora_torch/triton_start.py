@@ -9,15 +9,19 @@ kept by the address, since all else about them is the same.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 Start = Callable[[dict[str, Any], int], None]
-KEPT = 1024  # tensor maps of one argument: addresses recur, as those of weights do, and of activations in a loop
+KEPT = 16384  # tensor maps, of half a kilobyte: addresses recur, those of weights and in a loop those of activations
 _told: set[str] = set()
+# By how a tensor lies and its tiles, which many kinds of launches share, and then by the address.
+_maps: dict[Hashable, dict[int, Any]] = {}
+_made = [0]  # since they were cleared
 
 
 def recorded(
@@ -36,7 +40,7 @@ def recorded(
     """
     try:
         return _recorded(compiled, programs, arguments, named, describe)
-    except (AttributeError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
+    except Exception as error:  # of parts that no version promises; nothing was launched here
         told = f"{type(error).__name__}: {error}"
         if told not in _told:
             _told.add(told)
@@ -54,14 +58,14 @@ def _recorded(
     from torch._C import _cuda_getCurrentRawStream as stream_of
     from triton.backends.nvidia import driver
 
-    launcher, metadata = compiled.run, compiled.metadata
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        raise ValueError("a kernel with scratch memory")
-    maps_of = list(getattr(metadata, "tensordesc_meta", None) or [])
+    launcher, signature = compiled.run, dict(compiled.src.signature.items())
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        raise ValueError("a kernel with memory or a sanitizer of its own")
+    tiles = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
     names = [name for name in named if name is not None]
     described = [name for name in names if name in describe]
-    if len(maps_of) != len(described):
-        raise ValueError(f"{len(maps_of)} tensor maps for {len(described)} descriptors")
+    if len(tiles) != len(described) or len(signature) != len(arguments):
+        raise ValueError(f"{len(tiles)} and {len(signature)} for {len(described)} maps and {len(arguments)} arguments")
     start = launcher.launch
     if described:  # behind what encodes tensor maps
         start = dict(zip(start.__code__.co_freevars, start.__closure__, strict=True))["launcher"].cell_contents
@@ -71,26 +75,29 @@ def _recorded(
     # Each pointer's place is told by something of its own: one tensor may be two operands.
     pointer = {name: object() for name in names if name not in describe}
     arguments = [pointer.get(name or "", argument) for name, argument in zip(named, arguments, strict=True)]
-    signature = dict(compiled.src.signature.items())
-    stand_in.launch = driver.wrap_handle_tensordesc(lambda *call: made.append(call), signature, maps_of or None)
+    stand_in.launch = driver.wrap_handle_tensordesc(lambda *call: made.append(call), signature, tiles or None)
     stand_in(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
     (call,) = made
     # Since Triton 3.7 the kernel's arguments are one; before they come after the others.
     apart = isinstance(call[-1], (list, tuple))
     head, tail = (list(call[:-1]), list(call[-1])) if apart else ([], list(call))
-    whole = head if apart else tail
-    stream_at = next(at for at, value in enumerate(whole) if value is stream)
-    map_at = [at for at, value in enumerate(tail) if type(value).__name__ == "PyCUtensorMap"]
-    if len(map_at) != len(described):
-        raise ValueError(f"{len(map_at)} tensor maps in a call with {len(described)} descriptors")
+    stream_at = next(at for at, value in enumerate(head if apart else tail) if value is stream)
+    map_at = [at for at, value in enumerate(tail) if _is_map(value)]
     pointers = [
         (next(at for at, value in enumerate(tail) if value is its_own), name) for name, its_own in pointer.items()
     ]
-    maps: list[tuple[int, str, Any, dict[int, Any]]] = [
-        (at, name, of, {}) for at, name, of in zip(map_at, described, maps_of, strict=True)
-    ]
+    # Triton 3.8 has a third parameter, which is nothing to this kind of GPU.
+    more = (None,) * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
+    given = dict(zip(named, arguments, strict=True))
+    maps: list[tuple[int, str, Any, dict[int, Any]]] = []
+    for at, name, of in zip(map_at, described, tiles, strict=True):
+        like = given[name]
+        if not _is_map(driver.make_tensordesc_arg(like, of, *more)[0]):
+            raise ValueError(f"`{name}`: no tensor map comes first")
+        lying = tuple(like.shape), tuple(like.strides), repr(of)
+        maps.append((at, name, of, _maps.setdefault(lying, {})))
 
-    def again(operands: dict[str, Any], index: int) -> None:
+    def again(operands: dict[str, Any], index: int, _alive: Any = compiled) -> None:
         values = tail.copy()
         for at, name in pointers:
             values[at] = operands[name].data_ptr()
@@ -99,9 +106,8 @@ def _recorded(
             address = tensor.data_ptr()
             found = known.get(address)
             if found is None:
-                if len(known) >= KEPT:
-                    known.clear()
-                found = known[address] = driver.make_tensordesc_arg(describe[name](tensor), of)[0]
+                found = driver.make_tensordesc_arg(describe[name](tensor), of, *more)[0]
+                _keep(known, address, found)
             values[at] = found
         if apart:
             others = head.copy()
@@ -112,3 +118,16 @@ def _recorded(
             start(*values)
 
     return again
+
+
+def _is_map(value: Any) -> bool:
+    return type(value).__name__ == "PyCUtensorMap"
+
+
+def _keep(known: dict[int, Any], address: int, found: Any) -> None:
+    _made[0] += 1
+    if _made[0] > KEPT:
+        for each in list(_maps.values()):
+            each.clear()
+        _made[0] = 1
+    known[address] = found

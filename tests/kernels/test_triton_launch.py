@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from lora_jax import reference
-from lora_torch import triton_launch as launch
-from lora_torch import triton_product
-
-from .triton_problem import SCALE, SEED, mask, operands
-
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+
+from lora_jax import reference  # noqa: E402
+from lora_torch import triton_launch as launch  # noqa: E402
+from lora_torch import triton_product  # noqa: E402
+
+from .triton_problem import SCALE, SEED, mask, operands  # noqa: E402
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
