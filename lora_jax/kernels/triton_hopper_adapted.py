@@ -40,7 +40,7 @@ from lora_jax.kernels.triton_hopper_stages import (
 )
 
 RANK = gl.constexpr(16)  # what R is filled up to, with zeros
-sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, 3.6
+sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier  # since Triton 3.7, and before
 
 
 @gluon.jit
@@ -80,10 +80,7 @@ def _produce(
             bar = ready.index(slot)
             if (step >= lo) & (step < hi):
                 mbarrier.expect(bar, (BM + BN + RANK) * BK * SIZE)
-                if W_T:
-                    tma.async_copy_global_to_shared(a, [0, step * BK], bar, thins.index(slot))
-                else:
-                    tma.async_copy_global_to_shared(a, [step * BK, 0], bar, thins.index(slot))
+                copy_right(a, thins, bar, slot, 0, step * BK, W_T)
             else:
                 mbarrier.expect(bar, (BM + BN) * BK * SIZE)
             copy_block(x, w, xs, ws, bar, slot, row * BM, column * BN, step * BK, BM // 2, W_T)

@@ -20,6 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Their names since Triton 3.8, and before.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gluon.jit
 def grouped(tile, rows, columns, GROUP: gl.constexpr):
@@ -49,9 +53,9 @@ def slot_before(slot, STAGES: gl.constexpr):
 def copy_right(w, ws, bar, slot, column0, k0, W_T: gl.constexpr):
     """A block of `w` into its part of a slot."""
     if W_T:
-        tma.async_copy_global_to_shared(w, [column0, k0], bar, ws.index(slot))
+        _load(w, [column0, k0], bar, ws.index(slot))
     else:
-        tma.async_copy_global_to_shared(w, [k0, column0], bar, ws.index(slot))
+        _load(w, [k0, column0], bar, ws.index(slot))
 
 
 @gluon.jit
@@ -59,8 +63,8 @@ def copy_block(
     x, w, xs, ws, bar, slot, row0, column0, k0, HALF: gl.constexpr, W_T: gl.constexpr,
 ):  # fmt: skip
     """A block of `x` and one of `w` into a slot."""
-    tma.async_copy_global_to_shared(x, [row0, k0], bar, xs.index(2 * slot))
-    tma.async_copy_global_to_shared(x, [row0 + HALF, k0], bar, xs.index(2 * slot + 1))
+    _load(x, [row0, k0], bar, xs.index(2 * slot))
+    _load(x, [row0 + HALF, k0], bar, xs.index(2 * slot + 1))
     copy_right(w, ws, bar, slot, column0, k0, W_T)
 
 
@@ -130,7 +134,7 @@ def store(
         tma.store_wait(pendings=BUFFERS - 1)
         buffer.store(parts[i].to(y.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y, [row0, column0 + i * (acc.shape[1] // CHUNKS)], buffer)
+        _store(y, [row0, column0 + i * (acc.shape[1] // CHUNKS)], buffer)
 
 
 @gluon.jit
