@@ -232,9 +232,9 @@ class TritonLinearLoRA(LinearLoRA):
     On Hopper a dense base is multiplied in the same kernel as the adapter's tail, and for ranks up to 16 and many
     tokens `x @ A` too (`triton_product`); elsewhere by torch, on top of the adapter's part. Other thin products are
     torch's where nothing is dropped (`triton_linear`). Behind a base with a forward of its own, and with DoRA, the
-    kernels compute the low-rank branch. float32, float16 and bfloat16,
-    one dtype for `x` and the base; factors of another dtype are cast. With `use_memory_efficient_lora=False` `x @ A`
-    (dim numbers a token) is kept for the backward pass, which saves it one pass over `x`.
+    kernels compute the low-rank branch. float32, float16 and bfloat16, one dtype for `x` and the base; factors of
+    another dtype are cast. With `use_memory_efficient_lora=False` `x @ A` (dim numbers a token) is kept for the
+    backward pass, which saves it one pass over `x`.
 
     **Raises:** when called, `RuntimeError` without a CUDA GPU (unless `TRITON_INTERPRET=1` is set before the first
     import of triton), `TypeError` for other dtypes, `NotImplementedError` for a DTensor or a base that is not frozen.

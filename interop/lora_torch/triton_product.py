@@ -10,7 +10,9 @@ product: `triton_gemm` loses more against a library's product than it saves, on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_jax.kernels import triton_plans as plans
 from lora_jax.kernels.triton_configs import HopperConfig
@@ -19,9 +21,6 @@ from lora_jax.kernels.triton_plans import Launch, Matrix
 from .lora_autograd import changeable
 from .triton_launch import Drop, check, dense, given, up
 from .triton_run import Ready, has_hopper_kernels, lies, ready, seen, sms
-
-if TYPE_CHECKING:
-    import torch
 
 # From so many features and elements of `x` on, a pass over them takes longer than tiles that wait for each other: 10 us
 # on an H100.
@@ -55,7 +54,7 @@ def product(
             given(x=x, w=right, h=h, b=tail, bias=bias),
             [("x", 1, "w", 0), ("x", 0, "h", 0), ("h", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)],
         )
-        return _planned_product(seen(x), seen(right), seen(h), seen(tail), x, bias, config)
+        return _planned_product((seen(x), seen(right), seen(h), seen(tail)), x, bias, config)
 
     launch = ready(("product", lies(x), lies(w), lies(h), lies(b), lies(bias), transposed, config), plan)
     return _with_tail(launch, x, w, h, b, bias, transposed)
@@ -83,8 +82,6 @@ def adapted(
 
     Raises: as `triton_launch.down`.
     """
-    import torch
-
     alone = config is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
     def plan() -> Launch | None:
@@ -93,12 +90,12 @@ def adapted(
             given(x=x, w=right, a=thin, b=tail, bias=bias),
             [("x", 1, "w", 0), ("x", 1, "a", 0), ("a", 1, "b", 0), ("w", 1, "b", 1), ("w", 1, "bias", 0)],
         )
-        rows, weight, down, up_b = seen(x), seen(right), seen(thin), seen(tail)
-        y, h = (Matrix.row_major(len(x), each.shape[1], x.element_size(), tma=True) for each in (right, thin))
+        operands = seen(x), seen(right), seen(thin), seen(tail)
         large = config or x.shape[1] >= LEAST_FEATURES and x.numel() >= LEAST_ELEMENTS
-        if alone and large and plans.hopper_adapted_fits(rows, weight, down, up_b, y):
-            return _planned(plans.hopper_adapted, (rows, weight, down, up_b, y, scale), x, bias, config)
-        return _planned_product(rows, weight, h, up_b, x, bias, config)
+        if alone and large and plans.hopper_adapted_fits(*operands):
+            return _planned(plans.hopper_adapted, (*operands, scale), x, bias, config)
+        h = Matrix.row_major(len(x), thin.shape[1], x.element_size(), tma=True)
+        return _planned_product((*operands[:2], h, operands[3]), x, bias, config)
 
     # One question for both kernels.
     key = "adapted", lies(x), lies(w), lies(a), lies(b), lies(bias), scale, transposed, config, alone
@@ -148,15 +145,16 @@ def _with_tail(
 
 
 def _planned_product(
-    x: Matrix, w: Matrix, h: Matrix, b: Matrix, first: torch.Tensor, bias: torch.Tensor | None,
+    operands: tuple[Matrix, Matrix, Matrix, Matrix],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
     config: HopperConfig | None,
-) -> Launch | None:  # fmt: skip
+) -> Launch | None:
     """The launch of `triton_hopper_gemm`, or None where it cannot run or the library is the better way.
 
     It is in float32, and where rows do not begin at multiples of 16 bytes.
     """
-    operands = x, w, h, b, Matrix.row_major(x.shape[0], w.shape[1], x.itemsize, tma=True)
-    return _planned(plans.hopper_gemm, operands, first, bias, config) if plans.hopper_fits(*operands) else None
+    return _planned(plans.hopper_gemm, operands, x, bias, config) if plans.hopper_fits(*operands) else None
 
 
 def _planned(

@@ -202,7 +202,6 @@ def has_hopper_kernels(device: int | None) -> bool:
     if device is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        _kernel("hopper_gemm")
         from triton.experimental.gluon.language import warp_specialize
     except ImportError:
         return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,8 +20,14 @@ logger = logging.getLogger(__name__)
 Start = Callable[[dict[str, Any], int], None]
 KEPT = 16384  # tensor maps, of half a kilobyte: addresses recur, those of weights and in a loop those of activations
 _told: set[str] = set()
-# By how a tensor lies and its tiles, which many kinds of launches share, and then by the address.
-_maps: dict[Hashable, dict[int, Any]] = {}
+
+
+class Maps(dict[int, Any]):
+    """Tensor maps of tensors that lie alike, with the same tiles, by the address. (A dict cannot be held weakly.)"""
+
+
+# Many kinds of launches share them, and take them along when they are forgotten.
+_maps: weakref.WeakValueDictionary[Hashable, Maps] = weakref.WeakValueDictionary()
 _made = [0]  # since they were cleared
 
 
@@ -89,13 +96,13 @@ def _recorded(
     # Triton 3.8 has a third parameter, which is nothing to this kind of GPU.
     more = (None,) * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
     given = dict(zip(named, arguments, strict=True))
-    maps: list[tuple[int, str, Any, dict[int, Any]]] = []
+    maps: list[tuple[int, str, Any, Maps]] = []
     for at, name, of in zip(map_at, described, tiles, strict=True):
         like = given[name]
         if not _is_map(driver.make_tensordesc_arg(like, of, *more)[0]):
             raise ValueError(f"`{name}`: no tensor map comes first")
         lying = tuple(like.shape), tuple(like.strides), repr(of)
-        maps.append((at, name, of, _maps.setdefault(lying, {})))
+        maps.append((at, name, of, _maps.setdefault(lying, Maps())))
 
     def again(operands: dict[str, Any], index: int, _alive: Any = compiled) -> None:
         values = tail.copy()
@@ -124,7 +131,7 @@ def _is_map(value: Any) -> bool:
     return type(value).__name__ == "PyCUtensorMap"
 
 
-def _keep(known: dict[int, Any], address: int, found: Any) -> None:
+def _keep(known: Maps, address: int, found: Any) -> None:
     _made[0] += 1
     if _made[0] > KEPT:
         for each in list(_maps.values()):

@@ -38,8 +38,9 @@ from lora_jax.kernels.triton_hopper_stages import (
     slot_before,
     store,
 )
+from lora_jax.kernels.triton_plans import ADAPTED_RANK
 
-RANK = gl.constexpr(16)  # what R is filled up to, with zeros
+RANK = gl.constexpr(ADAPTED_RANK)  # what R is filled up to, with zeros
 sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier  # since Triton 3.7, and before
 
 

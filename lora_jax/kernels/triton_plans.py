@@ -164,71 +164,67 @@ def gemm(
     return Launch("gemm", programs, "y_ptr", numbers, config.warps, config.stages)
 
 
-def hopper_fits(x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix) -> bool:
+def hopper_fits(x: Matrix, w: Matrix, h: Matrix, b: Matrix) -> bool:
     """Whether `hopper_gemm` can take these operands: all by descriptors, `w` and `b` lying the same way."""
     rights = (w.T, b.T) if _transposed(w) else (w, b)
+    y = Matrix.row_major(x.shape[0], w.shape[1], x.itemsize, tma=x.tma)
     return all(each.describable for each in (x, *rights, h, y))
 
 
 @functools.lru_cache(1024)
 def hopper_gemm(
-    x: Matrix, w: Matrix, h: Matrix, b: Matrix, y: Matrix, sms: int,
-    *, bias: bool = False, config: HopperConfig | None = None,
+    x: Matrix, w: Matrix, h: Matrix, b: Matrix, sms: int, *, bias: bool = False, config: HopperConfig | None = None
 ) -> Launch:  # fmt: skip
     """`x @ w + h @ b (+ bias)` on Hopper. Descriptors of `w` and `b` are those of their transposes if `W_T`."""
-    (m, k), n, r = x.shape, w.shape[1], h.shape[1]
-    config = config or HopperConfig()
-    transposed = _transposed(w)
-    left = (config.bm // 2, config.bk)
-    right = (config.bn, config.bk) if transposed else (config.bk, config.bn)
-    numbers = {
-        "M": m, "N": n, "steps": blocks_of(k, config.bk), "tail_steps": blocks_of(r, config.bk),
-        "BM": config.bm, "BN": config.bn, "BK": config.bk, "TAIL": config.tail(r), "GROUP": config.group,
-        "STAGES": config.stages, "CHUNKS": config.chunks, "BUFFERS": config.buffers,
-        "BIAS": bias, "W_T": transposed,
-    }  # fmt: skip
-    blocks = {
-        "x_ptr": left, "h_ptr": left, "w_ptr": right, "b_ptr": right,
-        "y_ptr": (config.bm // 2, config.bn // config.chunks),
-    }  # fmt: skip
-    tiles = blocks_of(m, config.bm) * blocks_of(n, config.bn)
+    config, r = config or HopperConfig(), h.shape[1]
+    numbers, blocks, tiles = _hopper(x, w, bias, config)
+    numbers |= {"tail_steps": blocks_of(r, config.bk), "TAIL": config.tail(r)}
+    blocks["h_ptr"] = blocks["x_ptr"]
     return Launch("hopper_gemm", min(tiles, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks)
 
 
-def hopper_adapted_fits(x: Matrix, w: Matrix, a: Matrix, b: Matrix, y: Matrix) -> bool:
+def hopper_adapted_fits(x: Matrix, w: Matrix, a: Matrix, b: Matrix) -> bool:
     """Whether `hopper_adapted` can take these operands: ranks up to 16, and all that `hopper_fits` wants."""
     right = (a.T if _transposed(w) else a).describable
-    return a.shape[1] <= ADAPTED_RANK and right and hopper_fits(x, w, x, b, y)
+    return a.shape[1] <= ADAPTED_RANK and right and hopper_fits(x, w, x, b)
 
 
 @functools.lru_cache(1024)
 def hopper_adapted(
-    x: Matrix, w: Matrix, a: Matrix, b: Matrix, y: Matrix, scale: float, sms: int,
+    x: Matrix, w: Matrix, a: Matrix, b: Matrix, scale: float, sms: int,
     *, bias: bool = False, config: HopperConfig | None = None,
 ) -> Launch:  # fmt: skip
     """`h = scale * x @ a`, (M, R), and `x @ w + h @ b (+ bias)`. Descriptors as of `hopper_gemm`, and of `a` too."""
-    (m, k), n, r = x.shape, w.shape[1], a.shape[1]
     config = config or ADAPTED
-    transposed = _transposed(w)
-    rows, columns, steps = blocks_of(m, config.bm), blocks_of(n, config.bn), blocks_of(k, config.bk)
+    numbers, blocks, tiles = _hopper(x, w, bias, config)
+    rows = blocks_of(x.shape[0], config.bm)
     # So many that all of their tiles run at once, if more than one.
-    first_columns = max(1, min(sms // rows, columns, steps, ADAPTED_SHARES))
-    numbers = {
-        "scale": scale, "M": m, "N": n, "R": r, "first_columns": first_columns, "steps": steps,
-        "BM": config.bm, "BN": config.bn, "BK": config.bk, "GROUP": config.group,
-        "STAGES": config.stages, "CHUNKS": config.chunks, "BUFFERS": config.buffers, "BIAS": bias, "W_T": transposed,
-    }  # fmt: skip
-    right = (config.bn, config.bk) if transposed else (config.bk, config.bn)
-    blocks = {
-        "x_ptr": (config.bm // 2, config.bk), "w_ptr": right, "b_ptr": right,
-        "a_ptr": (ADAPTED_RANK, config.bk) if transposed else (config.bk, ADAPTED_RANK),
-        "y_ptr": (config.bm // 2, config.bn // config.chunks),
-    }  # fmt: skip
+    first_columns = max(1, min(sms // rows, tiles // rows, blocks_of(x.shape[1], config.bk), ADAPTED_SHARES))
+    numbers |= {"scale": scale, "R": a.shape[1], "first_columns": first_columns}
+    blocks["a_ptr"] = (ADAPTED_RANK, config.bk) if numbers["W_T"] else (config.bk, ADAPTED_RANK)
     space = 2 * rows + 4 + (first_columns * rows * config.bm * ADAPTED_RANK if first_columns > 1 else 0)
     return Launch(
-        "hopper_adapted", min(rows * columns, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks,
+        "hopper_adapted", min(tiles, sms), "y_ptr", numbers, warps=4, stages=1, blocks=blocks,
         space=space, together=True,
     )  # fmt: skip
+
+
+def _hopper(
+    x: Matrix, w: Matrix, bias: bool, config: HopperConfig
+) -> tuple[dict[str, int | float], dict[str, tuple[int, int]], int]:
+    """Of both kernels for Hopper: numbers, blocks that go by descriptors, and how many tiles there are."""
+    (m, k), n, transposed = x.shape, w.shape[1], _transposed(w)
+    right = (config.bn, config.bk) if transposed else (config.bk, config.bn)
+    numbers: dict[str, int | float] = {
+        "M": m, "N": n, "steps": blocks_of(k, config.bk), "BM": config.bm, "BN": config.bn, "BK": config.bk,
+        "GROUP": config.group, "STAGES": config.stages, "CHUNKS": config.chunks, "BUFFERS": config.buffers,
+        "BIAS": bias, "W_T": transposed,
+    }  # fmt: skip
+    blocks = {
+        "x_ptr": (config.bm // 2, config.bk), "w_ptr": right, "b_ptr": right,
+        "y_ptr": (config.bm // 2, config.bn // config.chunks),
+    }  # fmt: skip
+    return numbers, blocks, blocks_of(m, config.bm) * blocks_of(n, config.bn)
 
 
 def _transposed(w: Matrix) -> bool:

@@ -35,6 +35,13 @@ def tensors(*shape: int, n: int, dtype: torch.dtype = torch.float32, device: str
     return x.to(device, dtype).requires_grad_(), dy.to(device, dtype)
 
 
+def one_sign(*tensors) -> None:
+    """In bfloat16 sums of sums that cancel are lost in the bound: nothing wrong could be told from what is right."""
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.abs_()
+
+
 def exact(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
 
@@ -54,6 +61,19 @@ def run(layer, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
     grads = {"x": x.grad, "a": layer.lora_A.weight.grad, "b": layer.lora_B.weight.grad}
     assert all(grad is not None for grad in grads.values())
     return {"y": y, **grads}
+
+
+def captured(layer, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor]]:
+    """A CUDA graph of what `run` does, and the results that its replays write."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(layer, x, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        grads = torch.autograd.grad(y, [x, layer.lora_A.weight, layer.lora_B.weight], dy)
+    # Detached: what keeps autograd's graph of another stream alive ties later passes to that stream.
+    return graph, dict(zip(("y", "x", "a", "b"), (y.detach(), *grads), strict=True))
 
 
 def check(

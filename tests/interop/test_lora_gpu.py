@@ -14,7 +14,17 @@ from lora_torch import triton_launch as launch  # noqa: E402
 from lora_torch import triton_run  # noqa: E402
 from lora_torch.lora import LoRATritonFunction, patch_linear_module  # noqa: E402
 from lora_torch.mlp import fused_lora_swiglu_mlp  # noqa: E402
-from tests.interop.lora_problem import SCALE, check, linear, randomise, relative, run, tensors  # noqa: E402
+from tests.interop.lora_problem import (  # noqa: E402
+    SCALE,
+    captured,
+    check,
+    linear,
+    one_sign,
+    randomise,
+    relative,
+    run,
+    tensors,
+)
 from tests.kernels import triton_problem  # noqa: E402
 from tests.kernels.triton_problem import mask  # noqa: E402
 
@@ -30,13 +40,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def layer(k: int, n: int, dtype=torch.bfloat16, dim: int = 4, **options):
     made = patch_linear_module(linear(k, n, dtype, device="cuda"), dim, 7 * dim / 4, **options)
     return randomise(made)
-
-
-def one_sign(*tensors) -> None:
-    """In bfloat16 sums of sums that cancel are lost in the bound: nothing wrong could be told from what is right."""
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.abs_()
 
 
 # Odd sizes go by pointers, multiples of 8 by descriptors; both cross the edges of tiles. Few rows are split over K.
@@ -140,17 +143,10 @@ def test_nothing_waits_for_the_gpu():
     made.eval()
     # Detached: what keeps a graph of another stream alive ties the capture to that stream.
     want = {name: value.detach().clone() for name, value in run(made, x, dy).items()}
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run(made, x, dy)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = made(x)
-        grads = torch.autograd.grad(y, [x, made.lora_A.weight, made.lora_B.weight], dy)
+    graph, found = captured(made, x, dy)
     graph.replay()
     torch.cuda.synchronize()
-    for name, value in zip(want, (y, *grads), strict=True):
+    for name, value in found.items():
         assert torch.equal(value, want[name]), name
 
 

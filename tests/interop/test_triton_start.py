@@ -1,5 +1,6 @@
 """The call that is repeated, by the launcher of the installed Triton on a stand-in for its C part."""
 
+import gc
 import logging
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def encoded(monkeypatch):
     utils = SimpleNamespace(fill_tma_descriptor=encode, fill_tma_descriptor_tiled=encode)
     monkeypatch.setattr(type(triton.runtime.driver), "active", SimpleNamespace(utils=utils))
     monkeypatch.setattr("torch._C._cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
-    monkeypatch.setattr(triton_start, "_maps", {})
+    triton_start._maps.clear()
     monkeypatch.setattr(triton_start, "_told", set())
     return addresses
 
@@ -112,6 +113,9 @@ def test_tensor_maps_are_kept_by_address(encoded, monkeypatch):
     for _ in range(9):
         start(tensors(), 0)
     assert sum(map(len, triton_start._maps.values())) <= 4
+    del start, other
+    gc.collect()
+    assert not triton_start._maps
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,9 @@ def shipped(arch: int, dtype: str, ranks: list[int], large: bool, by_jax: bool) 
             if arch == 90 and itemsize == 2 and not threshold and r == ranks[-1]:  # its registers do not depend on r
                 for other_way in (True,) if large else (True, False):
                     w, b = matrix(k, k, other_way=other_way), matrix(r, k, other_way=other_way)
-                    yield plans.hopper_gemm(matrix(m, k), w, matrix(m, r), b, matrix(m, k), sms, bias=other_way)
+                    yield plans.hopper_gemm(matrix(m, k), w, matrix(m, r), b, sms, bias=other_way)
                     thin, tail = matrix(k, 16, other_way=other_way), matrix(16, k, other_way=other_way)
-                    yield plans.hopper_adapted(matrix(m, k), w, thin, tail, matrix(m, k), 4.0, sms, bias=other_way)
+                    yield plans.hopper_adapted(matrix(m, k), w, thin, tail, 4.0, sms, bias=other_way)
         yield plans.down(matrix(m, k), matrix(k, r, other_way=not by_jax), 1.0, threshold, sms)
         yield plans.outer(matrix(m, r), matrix(m, k), threshold, sms, transposed=by_jax)
 
